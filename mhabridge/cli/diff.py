@@ -1,0 +1,206 @@
+"""``mhabridge diff``: the same layer on several backends, judged against float64."""
+
+from __future__ import annotations
+
+import pathlib
+import sys
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from mhabridge.diff import DiffReport
+    from mhabridge.spec import MHASpec
+    from mhabridge.weights import MHAWeights
+
+EXAMPLES = """\b
+Examples:
+  mhabridge diff --embed-dim 64 --num-heads 8 --masks padding+causal
+  mhabridge diff --backends torch,megengine --dtype float16 --json
+  mhabridge diff --weights model.safetensors --prefix encoder.layer.0.attention
+"""
+
+
+@click.command(epilog=EXAMPLES)
+@click.option("--backends", default="torch,mindspore,megengine", show_default=True, help="Names, joined by commas.")
+@click.option("--embed-dim", type=int, help="E.  [default: 64]")
+@click.option(
+    "--num-heads", type=int, help="H; for --weights the default is in the config.json beside it.  [default: 8]"
+)
+@click.option("--kdim", type=int, help="Features of the key, when not E.")
+@click.option("--vdim", type=int, help="Features of the value, when not E.")
+@click.option("--no-bias", is_flag=True, help="A layer without biases.")
+@click.option("--add-bias-kv", is_flag=True, help="Append a learned vector to keys and values.")
+@click.option("--add-zero-attn", is_flag=True, help="Append a zero vector to keys and values.")
+@click.option("--batch-first", is_flag=True, help="Inputs are (N, L, E).")
+@click.option("--spec", "spec_file", type=click.Path(), help="A spec as JSON, instead of the options above.")
+@click.option(
+    "--weights", "weights_file", type=click.Path(), help="A checkpoint (.safetensors, .npz); otherwise random."
+)
+@click.option("--prefix", default="", help="Where the layer stands in the checkpoint.")
+@click.option("--layout", help="How it is packed there; otherwise recognised by names and shapes.")
+@click.option("--dtype", help="Compute in float16, bfloat16, float32 or float64.")
+@click.option(
+    "--masks", default="none", show_default=True, help="none, padding, bool, float, per-head, causal; join with +."
+)
+@click.option("--fully-masked", default="nan", show_default=True, help="nan, zero or error.")
+@click.option("--no-weights", is_flag=True, help="Do not ask for the attention weights.")
+@click.option("--per-head", is_flag=True, help="Compare the weights of each head, not their average.")
+@click.option("--grads", is_flag=True, help="Also compare gradients.")
+@click.option("--batch", default=2, show_default=True, help="N.")
+@click.option("--target-length", default=5, show_default=True, help="L.")
+@click.option("--source-length", default=7, show_default=True, help="S.")
+@click.option("--seed", default=0, show_default=True, help="For random weights, inputs and masks.")
+@click.option("--timeout", type=float, help="Seconds that a backend may take.")
+@click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
+def command(**options: Any) -> None:
+    """Run the same layer on several backends and judge the difference.
+
+    Each answer is held against a float64 reference, by what rounding in the dtype justifies for this very computation.
+    Exit code 0: rounding explains all; 1: a difference; 2: a backend could not be asked.
+    """
+    from mhabridge.diff import diff
+    from mhabridge.diff.inputs import random_inputs, random_masks
+
+    spec, weights, notes = _layer(options)
+    sizes = {"batch": options["batch"], "target": options["target_length"], "source": options["source_length"]}
+    report = diff(
+        spec,
+        options["backends"],
+        weights,
+        random_inputs(spec, options["seed"], **sizes),
+        options["seed"],
+        grads=options["grads"],
+        need_weights=not options["no_weights"],
+        average_attn_weights=not options["per_head"],
+        fully_masked=options["fully_masked"],
+        timeout=options["timeout"],
+        **random_masks(options["masks"], spec, options["seed"], **sizes),
+    )
+    if options["as_json"]:
+        click.echo(report.to_json())
+    else:
+        show(report, notes)
+    sys.exit(report.exit_code)
+
+
+def _layer(options: dict[str, Any]) -> tuple[MHASpec, MHAWeights | None, list[str]]:
+    """The spec and weights that the options describe, in the dtype that they ask for."""
+    from mhabridge.spec import MHASpec
+
+    if options["weights_file"]:
+        return _from_checkpoint(options)
+    if options["spec_file"]:
+        spec = MHASpec.from_json(_read(options["spec_file"]))
+    else:
+        names = ("kdim", "vdim", "add_bias_kv", "add_zero_attn", "batch_first")
+        spec = MHASpec(
+            64 if options["embed_dim"] is None else options["embed_dim"],
+            8 if options["num_heads"] is None else options["num_heads"],
+            bias=not options["no_bias"],
+            **{name: options[name] for name in names},
+        )
+    return (spec.replace(dtype=options["dtype"]) if options["dtype"] else spec), None, []
+
+
+def _from_checkpoint(options: dict[str, Any]) -> tuple[MHASpec, MHAWeights | None, list[str]]:
+    from mhabridge.checkpoint import read_attention
+    from mhabridge.errors import ArgumentError
+
+    given = ("embed_dim", "kdim", "vdim", "no_bias", "add_bias_kv", "add_zero_attn", "spec_file")
+    clash = [f"--{name.replace('_', '-')}" for name in given if options[name]]
+    if clash:
+        raise ArgumentError(
+            ", ".join(clash),
+            given="together with --weights",
+            expected="only one of the two",
+            advice="The file says it.",
+        )
+    spec, weights, notes = read_attention(
+        options["weights_file"], options["prefix"], num_heads=options["num_heads"], layout=options["layout"]
+    )
+    spec = spec.replace(batch_first=options["batch_first"])
+    if options["dtype"]:
+        spec = spec.replace(dtype=options["dtype"])
+        weights = weights.astype(options["dtype"])
+    return spec, weights, list(notes)
+
+
+def _read(path: str) -> str:
+    from mhabridge.errors import CheckpointError
+
+    try:
+        return pathlib.Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(path, given=str(error), expected="a readable JSON file") from error
+
+
+def show(report: DiffReport, notes: list[str]) -> None:
+    """Print the report as a table, with the worst pair and every reason below it."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    spec = report.spec
+    title = f"E={spec.embed_dim} H={spec.num_heads} {report.dtype}, against the float64 reference"
+    table = Table(title=title, title_justify="left")
+    for name, justify in _COLUMNS:
+        table.add_column(name, justify=justify, overflow="fold")
+    for run in report.runs:
+        rows = [entry for entry in report.entries if entry.backend == run.backend]
+        for entry in rows:
+            table.add_row(*_row(run, entry))
+        if not rows:
+            table.add_row(run.backend, run.version, run.where, "", "", "", "", "", "", f"[red]{run.status}[/red]")
+    console.print(table)
+    _show_words(console, report, notes)
+
+
+_COLUMNS: list[tuple[str, Any]] = [
+    ("backend", "left"),
+    ("version", "left"),
+    ("where", "left"),
+    ("native", "left"),
+    ("tensor", "left"),
+    ("max error", "right"),
+    ("mean error", "right"),
+    ("of bound", "right"),
+    ("worst at", "left"),
+    ("verdict", "left"),
+]
+
+
+def _row(run: Any, entry: Any) -> list[str]:
+    distance = entry.distance
+    colour = "green" if entry.ok else "red"
+    return [
+        run.backend,
+        run.version,
+        run.where,
+        "yes" if run.native else "no",
+        entry.tensor,
+        f"{distance.max_error:.2e}",
+        f"{distance.mean_error:.2e}",
+        f"{100 * distance.times_bound:.0f} %",
+        str(distance.index),
+        f"[{colour}]{distance.verdict}[/{colour}]",
+    ]
+
+
+def _show_words(console: Any, report: DiffReport, notes: list[str]) -> None:
+    pair = report.worst_pair
+    lines = []
+    if pair:
+        lines.append(
+            f"worst pair: {pair.first} and {pair.second} differ by {pair.max_difference:.2e} in {pair.tensor} "
+            f"at {pair.index} ({pair.values[0]:.7g}, {pair.values[1]:.7g})"
+        )
+    lines += [f"{entry.backend} {entry.tensor}: {entry.distance.reason}" for entry in report.entries if not entry.ok]
+    lines += [f"{run.backend} {run.status}: {run.reason}" for run in report.runs if run.reason]
+    lines += notes
+    lines.append("verdict: " + ("rounding explains every difference" if report.ok else "NOT ok"))
+    for line in lines:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+__all__ = ["command", "show"]
