@@ -1,0 +1,240 @@
+"""The comparator on wrong data: what must not pass, and the rounding that must."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from mhabridge import MHASpec, MHAWeights, dtypes, reference
+from mhabridge.backends.running import prepare, restore
+from mhabridge.diff.inputs import random_inputs
+from mhabridge.diff.judge import judge
+from mhabridge.diff.rounding import MEAN_SAFETY, SAFETY, Accuracy, Bound, accuracy, bounds, named, rounded
+from tests.cases import MASKS, SPECS, masks_of, material, reference_answer, spec_of
+
+EXACT = np.arange(1.0, 13.0).reshape(3, 4)
+BOUND = Bound(np.full((3, 1), 1e-5), 1e-5)
+
+
+def test_equal_and_rounding() -> None:
+    assert judge(EXACT.astype(np.float32), EXACT, BOUND).verdict == "equal"
+    near = np.nextafter(EXACT.astype(np.float32), np.float32(0))
+    assert judge(near, EXACT, BOUND).verdict == "rounding"
+    third = np.full((3, 4), 1 / 3)
+    assert judge(third.astype(np.float32), third, BOUND).verdict == "equal"  # the nearest that float32 has
+
+
+def wrong(change: Any) -> np.ndarray:
+    array = EXACT.astype(np.float32)
+    changed = change(array)
+    return array if changed is None else np.asarray(changed)
+
+
+@pytest.mark.parametrize(
+    ("array", "verdict", "words"),
+    [
+        (None, "broken", "missing"),
+        (wrong(lambda a: a.T), "broken", r"shape \(4, 3\)"),
+        (wrong(lambda a: a[:1]), "broken", "shape"),
+        (wrong(lambda a: a[..., None]), "broken", "shape"),
+        (wrong(lambda a: a[:0]), "broken", "shape"),
+        (wrong(lambda a: np.full_like(a, np.nan)), "broken", "nan"),
+        (wrong(lambda a: a.__setitem__((2, 3), np.nan)), "broken", "nan"),
+        (wrong(lambda a: a.__setitem__((0, 0), np.inf)), "broken", "inf"),
+        (wrong(lambda a: a.astype(np.uint8)), "broken", "dtype uint8"),
+        (wrong(lambda a: a.astype(bool)), "broken", "dtype bool"),
+        (wrong(lambda a: -a), "off", "times"),
+        (wrong(lambda a: a[::-1].copy()), "off", "times"),
+        (wrong(lambda a: a[:, ::-1].copy()), "off", "times"),
+        (wrong(lambda a: np.full_like(a, a.mean())), "off", "times"),
+        (wrong(lambda a: a.__setitem__((1, 2), a[1, 2] + 1e-4)), "off", "times"),
+        (wrong(lambda a: np.zeros_like(a)), "off", "times"),
+    ],
+)
+def test_what_must_not_pass(array: Any, verdict: str, words: str) -> None:
+    distance = judge(array, EXACT, BOUND)
+    assert (distance.verdict, distance.ok) == (verdict, False)
+    assert words.replace("\\", "") in distance.reason
+
+
+def test_the_worst_element_is_named() -> None:
+    array = EXACT.astype(np.float32)
+    array[1, 2] += 0.5
+    distance = judge(array, EXACT, BOUND)
+    assert (distance.index, distance.value, distance.expected) == ((1, 2), 7.5, 7.0)
+    assert distance.max_error == 0.5
+    assert distance.mean_error == pytest.approx(0.5 / 12)
+    assert distance.times_bound == pytest.approx(5e4)
+
+
+def test_a_zero_bound_lets_nothing_but_equality_pass() -> None:
+    assert judge(EXACT.astype(np.float32), EXACT, Bound(np.zeros((3, 1)), 0.0)).ok
+    assert not judge(EXACT + 1e-6, EXACT, Bound(np.zeros((3, 1)), 0.0)).ok
+
+
+def test_a_bound_of_nan_passes_nothing() -> None:
+    nan = float("nan")
+    assert not judge(EXACT + 1e-9, EXACT, Bound(np.full((3, 1), nan), 1.0)).ok
+    assert not judge(EXACT + 1e-9, EXACT, Bound(np.ones((3, 1)), nan)).ok
+
+
+def test_a_small_error_everywhere_is_seen_in_the_mean() -> None:
+    bound = Bound(np.full((3, 1), 1e-2), 1e-3)
+    assert judge(EXACT + 9e-4, EXACT, bound).ok
+    distance = judge(EXACT + 5e-3, EXACT, bound)
+    assert (distance.verdict, distance.ok) == ("off", False)
+    assert "mean" in distance.reason
+
+
+def test_nan_and_inf_belong_only_where_the_reference_has_them() -> None:
+    exact = np.array([[1.0, np.nan], [np.inf, 2.0]])
+    assert judge(exact.astype(np.float32), exact, Bound(BOUND.each[:2], 1e-5)).ok
+    for index, value in [((0, 1), 0.0), ((1, 0), -np.inf), ((1, 0), np.nan), ((0, 0), np.nan), ((0, 1), np.inf)]:
+        array = exact.copy()
+        array[index] = value
+        distance = judge(array, exact, Bound(BOUND.each[:2], 1e-5))
+        assert (distance.verdict, distance.index) == ("broken", index)
+
+
+def test_empty_and_bfloat16() -> None:
+    assert judge(np.zeros((0, 4), np.float32), np.zeros((0, 4)), Bound(np.zeros((0, 4)), 0.0)).ok
+    assert judge(EXACT.astype(ml_dtypes.bfloat16), EXACT, BOUND).verdict == "equal"
+
+
+# -- the bound -----------------------------------------------------------------------------------------------------
+
+
+def judged(spec: MHASpec, result: Any, weights: MHAWeights, arrays: Any, **call: Any) -> dict[str, Any]:
+    prepared, exact = reference_answer(spec, weights, arrays, **call)
+    limits = bounds(prepared, weights, named(exact), Accuracy(spec.dtype))
+    answer = named(result)
+    return {name: judge(answer.get(name), array, limits[name]) for name, array in named(exact).items()}
+
+
+def numpy_answer(spec: MHASpec, weights: MHAWeights, arrays: Any, **call: Any) -> Any:
+    """The reference's formulas in the spec's dtype with NumPy's own matmul: an honest implementation."""
+    prepared = prepare(spec, weights, *arrays, **call)
+    plain = reference.Arithmetic(lambda array: dtypes.round_to(array, spec.dtype), np.matmul)
+    return restore(prepared, reference.attend(spec, weights, prepared.call, arithmetic=plain))
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
+@pytest.mark.parametrize("name", list(SPECS))
+def test_an_honest_implementation_passes(name: str, dtype: str) -> None:
+    spec = spec_of(name, dtype=dtype)
+    for seed, mask in enumerate(MASKS):
+        weights, arrays = material(spec, seed)
+        call = masks_of(mask, spec.num_heads)
+        for tensor, distance in judged(
+            spec, numpy_answer(spec, weights, arrays, **call), weights, arrays, **call
+        ).items():
+            assert distance.ok, (mask, tensor, distance)
+
+
+@pytest.mark.parametrize("embed_dim", [16, 256])
+def test_accumulating_in_half_precision_passes_only_where_it_is_known(embed_dim: int) -> None:
+    spec = MHASpec(embed_dim, 4, dtype="float16")
+    weights, arrays = material(spec)
+    prepared, exact = reference_answer(spec, weights, arrays)
+    half = Accuracy("float16", accumulate="float16")
+    backwards = reference.Arithmetic(
+        lambda array: dtypes.round_to(array, "float16"),
+        lambda a, b: rounded(half).matmul(a[..., ::-1], b[..., ::-1, :]),  # another order of summation
+    )
+    result = restore(prepared, reference.attend(spec, weights, prepared.call, arithmetic=backwards))
+    known = bounds(prepared, weights, named(exact), half)
+    assert all(judge(named(result)[name], array, known[name]).ok for name, array in named(exact).items())
+    if embed_dim == 256:
+        strict = bounds(prepared, weights, named(exact), Accuracy("float16"))["output"]
+        assert not judge(result.output, exact.output, strict).ok
+
+
+def swap_heads(tree: dict[str, np.ndarray]) -> None:
+    tree["q_weight"] = np.concatenate([tree["q_weight"][16:32], tree["q_weight"][:16], tree["q_weight"][32:]])
+
+
+def transpose(name: str) -> Any:
+    return lambda tree: tree.__setitem__(name, np.ascontiguousarray(tree[name].T))
+
+
+def lose(name: str) -> Any:
+    return lambda tree: tree.__setitem__(name, np.zeros_like(tree[name]))
+
+
+FAULTS = {
+    "two heads swapped": swap_heads,
+    "query transposed": transpose("q_weight"),
+    "out transposed": transpose("out_weight"),
+    "query bias lost": lose("q_bias"),
+    "value bias lost": lose("v_bias"),
+    "out bias lost": lose("out_bias"),
+    "key and value exchanged": lambda t: t.update(k_weight=t["v_weight"], v_weight=t["k_weight"]),
+}
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+@pytest.mark.parametrize("fault", list(FAULTS))
+def test_a_real_fault_does_not_pass(fault: str, dtype: str) -> None:
+    spec = MHASpec(64, 4, dtype=dtype)
+    weights = MHAWeights.random(spec)
+    arrays = tuple(random_inputs(spec).values())
+    tree = {name: np.array(array) for name, array in weights.arrays().items()}
+    FAULTS[fault](tree)
+    result = numpy_answer(spec, MHAWeights(**tree), arrays)
+    distances = judged(spec, result, weights, arrays)
+    assert not distances["output"].ok
+    assert max(distances["output"].times_bound, distances["output"].times_mean_bound) > 1.2
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        ({"key_padding_mask": True}, {"key_padding_mask": "ignored"}),
+        ({"key_padding_mask": True}, {"key_padding_mask": "inverted"}),
+        ({"key_padding_mask": True}, {"key_padding_mask": "added as 1.0"}),
+    ],
+)
+def test_a_mask_that_means_something_else_does_not_pass(given: Any, meant: Any) -> None:
+    spec = MHASpec(64, 4)
+    weights = MHAWeights.random(spec)
+    arrays = tuple(random_inputs(spec).values())
+    mask = np.zeros((2, 7), bool)
+    mask[0, 5:] = True
+    other = {"ignored": None, "inverted": ~mask, "added as 1.0": mask.astype(np.float32)}[meant["key_padding_mask"]]
+    result = numpy_answer(spec, weights, arrays, key_padding_mask=other)
+    distances = judged(spec, result, weights, arrays, key_padding_mask=mask)
+    assert not distances["output"].ok
+    assert not distances["attn_weights"].ok
+
+
+def test_overflow_is_not_an_excuse() -> None:
+    """Where the dtype overflows there is no rounding to justify: inf where the reference is finite is broken."""
+    spec = MHASpec(16, 4, dtype="float16")
+    weights, arrays = material(spec)
+    finite = tuple(np.clip(dtypes.to_float64(array) * 1e5, -6e4, 6e4).astype(np.float16) for array in arrays)
+    result = numpy_answer(spec, weights, finite)
+    assert not np.isfinite(result.output).all()
+    assert judged(spec, result, weights, finite)["output"].verdict == "broken"
+
+
+def test_the_bound_scales_with_the_dtype() -> None:
+    found = {}
+    for dtype in ("float16", "float32", "float64"):
+        spec = MHASpec(16, 4, dtype=dtype)
+        weights, arrays = material(spec)
+        prepared, exact = reference_answer(spec, weights, arrays)
+        found[dtype] = float(bounds(prepared, weights, named(exact), Accuracy(dtype))["output"].each.max())
+    assert 1e-3 < found["float16"] < 1e-1
+    assert 1e-7 < found["float32"] < 1e-5
+    assert 1e-16 < found["float64"] < 1e-13
+    assert (SAFETY, MEAN_SAFETY) == (6.0, 2.0)  # a change here needs new measurements in diff/rounding.py
+
+
+def test_what_a_framework_is_allowed_beyond_rounding_is_data() -> None:
+    assert accuracy("mindspore", "float32").exp > 100
+    assert accuracy("torch", "float32") == Accuracy("float32")
+    assert accuracy("mindspore", "float64").exp == 1.0
+    assert (accuracy("megengine", "float16").sums, accuracy("torch", "float16").sums) == ("float16", "float32")
