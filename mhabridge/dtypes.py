@@ -97,6 +97,16 @@ def to_float64(array: np.ndarray) -> np.ndarray:
     return array.astype(np.float64)
 
 
+def all_finite(array: np.ndarray) -> bool:
+    """Whether there is neither NaN nor inf in the array.
+
+    Example:
+        >>> all_finite(np.ones(2)), all_finite(np.array([1.0, np.inf]))
+        (True, False)
+    """
+    return bool(np.isfinite(to_float64(array) if array.dtype == BFLOAT16_WORDS else array).all())
+
+
 def round_to(array: np.ndarray, dtype: str) -> np.ndarray:
     """The array rounded to ``dtype`` (to nearest, ties to even); this is the one place where a dtype changes.
 

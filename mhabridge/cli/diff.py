@@ -142,7 +142,7 @@ def show(report: DiffReport, notes: list[str]) -> None:
     from rich.table import Table
 
     console = Console()
-    console.width = max(console.width, 120)  # a row is wider than 80 columns, and useless when cut
+    console.width = max(console.width, 124)  # a row is wider than 80 columns, and useless when cut
     spec = report.spec
     title = f"E={spec.embed_dim} H={spec.num_heads} {report.dtype}, against the float64 reference"
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)

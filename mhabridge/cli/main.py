@@ -11,7 +11,11 @@ import sys
 try:
     import click
 except ImportError:  # pragma: no cover - proved by a test in a clean environment
-    sys.exit("mhabridge: the command line needs click and rich. Install them with: pip install 'mhabridge[cli]'")
+    print(
+        "mhabridge: the command line needs click and rich. Install them with: pip install 'mhabridge[cli]'",
+        file=sys.stderr,
+    )
+    sys.exit(2)
 
 from mhabridge import __version__
 from mhabridge.errors import MHABridgeError

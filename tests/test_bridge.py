@@ -1,0 +1,131 @@
+"""Live layers: extract from the frameworks' own classes and build them again, bit for bit."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import numpy as np
+import pytest
+
+import mhabridge as mb
+from mhabridge.errors import ArgumentError, ArgumentTypeError, BackendError, UnsupportedError, WeightsError
+
+HERE = ("torch", "mindspore")
+KINDS: list[dict[str, Any]] = [
+    {},
+    {"bias": False},
+    {"kdim": 6, "vdim": 10},
+    {"add_bias_kv": True, "add_zero_attn": True},
+    {"batch_first": True, "dropout": 0.25},
+]
+
+
+def native(framework: str, **kwargs: Any) -> Any:
+    """A layer of the framework itself, made by its own constructor with its own initial values."""
+    module = pytest.importorskip(framework, reason=f"{framework} is not importable here")
+    return module.nn.MultiheadAttention(16, 4, **kwargs)
+
+
+@pytest.mark.frameworks
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", HERE)
+def test_extract_then_build_is_the_same_layer(name: str, kind: dict[str, Any]) -> None:
+    own = {("has_bias" if name == "mindspore" and k == "bias" else k): v for k, v in kind.items()}
+    spec, weights = mb.extract(native(name, **own))
+    assert spec == mb.MHASpec(16, 4, **kind)
+    again, back = mb.extract(mb.build(spec, name, weights))
+    assert (again, back) == (spec, weights)
+
+
+@pytest.mark.frameworks
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_layer_moves_between_frameworks_with_its_answer(kind: dict[str, Any]) -> None:
+    mindspore = pytest.importorskip("mindspore", reason="MindSpore is not importable here")
+    torch = pytest.importorskip("torch", reason="PyTorch is not importable here")
+    layer = native("torch", **kind).eval()
+    spec, weights = mb.extract(layer)
+    moved = mb.build(spec, "mindspore", weights)
+    rng = np.random.default_rng(0)
+    shapes = [(3, 2, 16), (5, 2, spec.key_features), (5, 2, spec.value_features)]
+    arrays = [rng.standard_normal(s).astype(np.float32) for s in shapes]
+    if spec.batch_first:
+        arrays = [np.ascontiguousarray(array.swapaxes(0, 1)) for array in arrays]
+    ours = moved(*(mindspore.Tensor(array) for array in arrays))[0].asnumpy()
+    theirs = layer(*(torch.tensor(array) for array in arrays))[0].detach().numpy()
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5)
+    assert mb.extract(moved)[1] == weights
+
+
+@pytest.mark.frameworks
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float64"])
+@pytest.mark.parametrize("name", HERE)
+def test_other_dtypes(name: str, dtype: str) -> None:
+    module = pytest.importorskip(name, reason=f"{name} is not importable here")
+    spec, weights = mb.extract(native(name, dtype=getattr(module, dtype)))
+    assert (spec.dtype, weights.dtype) == (dtype, dtype)
+    assert mb.extract(mb.build(spec, name, weights)) == (spec, weights)
+
+
+@pytest.mark.frameworks
+def test_extracted_weights_are_copies() -> None:
+    torch = pytest.importorskip("torch", reason="PyTorch is not importable here")
+    layer = native("torch")
+    _, weights = mb.extract(layer)
+    before = np.array(weights.q_weight)
+    with torch.no_grad():
+        layer.in_proj_weight.zero_()
+    np.testing.assert_array_equal(weights.q_weight, before)
+
+
+@pytest.mark.frameworks
+def test_an_attention_layer_inside_a_model() -> None:
+    torch = pytest.importorskip("torch", reason="PyTorch is not importable here")
+    block = torch.nn.TransformerEncoderLayer(16, 4, batch_first=True)
+    spec, _ = mb.extract(block.self_attn)
+    assert spec.batch_first
+    with pytest.raises(ArgumentTypeError, match=r"self_attn"):
+        mb.extract(block)
+
+
+@pytest.mark.frameworks
+def test_a_subclass_with_other_parameters_is_refused() -> None:
+    torch = pytest.importorskip("torch", reason="PyTorch is not importable here")
+
+    class Odd(torch.nn.MultiheadAttention):  # type: ignore[misc, name-defined]
+        def __init__(self) -> None:
+            super().__init__(16, 4)
+            self.temperature = torch.nn.Parameter(torch.ones(()))
+
+    with pytest.raises(WeightsError, match="temperature"):
+        mb.extract(Odd())
+
+
+@pytest.mark.parametrize("thing", [None, 3, "torch", np.zeros(2), object()])
+def test_what_is_no_layer_is_refused(thing: Any) -> None:
+    with pytest.raises(ArgumentTypeError, match="native multi-head attention layer"):
+        mb.extract(thing)
+
+
+@pytest.mark.frameworks
+def test_build_refuses_what_cannot_be() -> None:
+    pytest.importorskip("torch", reason="PyTorch is not importable here")
+    with pytest.raises(UnsupportedError, match="residual"):
+        mb.build(mb.MHASpec(16, 4, residual=True), "torch")
+    with pytest.raises(UnsupportedError, match="composed"):
+        mb.build(mb.MHASpec(16, 4), "torch", mode="composed")
+    with pytest.raises(ArgumentError, match="mode"):
+        mb.build(mb.MHASpec(16, 4), "torch", mode="fast")
+    with pytest.raises(WeightsError, match="k_weight"):
+        mb.build(mb.MHASpec(16, 4, kdim=6), "torch", mb.MHAWeights.random(mb.MHASpec(16, 4)))
+    with pytest.raises(WeightsError, match="dtype"):
+        mb.build(mb.MHASpec(16, 4, dtype="float16"), "torch", mb.MHAWeights.random(mb.MHASpec(16, 4)))
+
+
+def test_a_framework_that_is_not_here_is_a_clear_error() -> None:
+    if "megengine" in sys.modules:
+        pytest.skip("MegEngine is importable here")
+    with pytest.raises(BackendError, match="mhabridge backends install megengine"):
+        mb.build(mb.MHASpec(16, 4), "megengine")
+    with pytest.raises(ArgumentError, match="torch, mindspore, megengine"):
+        mb.build(mb.MHASpec(16, 4), "tensorflow")
