@@ -20,7 +20,7 @@ import numpy as np
 
 from mhabridge import dtypes, envelope, masks
 from mhabridge.calls import Call, Result
-from mhabridge.dialects import translate_call
+from mhabridge.dialects import spec_to_kwargs, translate_call
 from mhabridge.errors import WeightsError
 from mhabridge.native import NativeForm, flat_mask, full_mask, native_form, parameter_grads, swap
 from mhabridge.spec import MHASpec
@@ -95,8 +95,8 @@ def build(spec: MHASpec, weights: MHAWeights | None = None, *, mode: str = "auto
 
 
 def _build(spec: MHASpec, weights: MHAWeights | None, form: NativeForm, notes: list[str]) -> Any:
-    kwargs = dict(form.kwargs)
-    if spec.dtype != "float32":
+    kwargs = spec_to_kwargs(form.spec.replace(dtype=spec.dtype), FRAMEWORK, version=version())  # 2.0 has no dtype
+    if "dtype" in kwargs:
         kwargs["dtype"] = getattr(mindspore, spec.dtype)
     layer = mindspore.nn.MultiheadAttention(**kwargs)
     if weights is not None:

@@ -106,7 +106,7 @@ def show(reports: list[tuple[int, str, mb.DiffReport]]) -> None:
     from rich.table import Table
 
     console = Console()
-    console.width = max(console.width, 120)  # a row is wider than 80 columns, and useless when cut
+    console.width = max(console.width, 124)  # a row is wider than 80 columns, and useless when cut
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     for name in ("layer", "padding", "backend", "version", "ran", "native"):
         table.add_column(name, no_wrap=True)

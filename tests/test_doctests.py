@@ -30,5 +30,8 @@ def test_examples(name: str) -> None:
 
 
 def test_there_are_examples_to_run() -> None:
-    counts = [len(doctest.DocTestFinder().find(importlib.import_module(name))) for name in ("mhabridge.spec", "mhabridge.masks")]
+    counts = [
+        len(doctest.DocTestFinder().find(importlib.import_module(name)))
+        for name in ("mhabridge.spec", "mhabridge.masks")
+    ]
     assert min(counts) > 2
