@@ -20,6 +20,7 @@ SETUP := .venv/.ready
 SETUP2 := .venv-numpy2/.ready
 MEGENGINE := .mhabridge/megengine.ready
 REQUIRED := torch,mindspore,megengine
+OLD := torch@1.8.1,mindspore@2.0.0
 
 .PHONY: help setup demo test check bench docs test-versions clean
 
@@ -76,11 +77,15 @@ bench: setup
 
 docs: $(SETUP)
 	$(BIN)/python -m mhabridge.differences docs/api-mapping.md
+	$(BIN)/python -m mhabridge.support docs/support.md
 
 test-versions: setup
 	$(BIN)/mhabridge backends install torch@1.8.1
 	$(BIN)/mhabridge backends install mindspore@2.0.0
-	$(BIN)/python -m pytest -m versions --backends torch@1.8.1,mindspore@2.0.0 --require torch@1.8.1,mindspore@2.0.0
+	$(BIN)/python -m pytest tests/test_conformance.py tests/test_diff.py tests/test_signatures.py tests/test_support.py \
+		--backends $(OLD) --require $(OLD)
+	@command -v sshd >/dev/null || test -x /usr/sbin/sshd || { echo 'No sshd: install openssh-server for the ssh tests'; exit 2; }
+	$(BIN)/python -m pytest tests/test_ssh.py
 
 clean:
 	rm -rf .venv .venv-numpy2 .mhabridge .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist *.egg-info

