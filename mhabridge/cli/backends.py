@@ -145,14 +145,9 @@ def _print_entry(done: str, entry: Entry, json_output: bool) -> None:
 
 def _print_table(titles: tuple[str, ...], rows: list[tuple[Any, ...]], infos: list[BackendInfo]) -> None:
     """A table, and below it, where there is room for them, the reasons."""
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
+    from mhabridge.cli.tables import Column, print_table
 
-    table = Table(*titles)
-    for row in rows:
-        table.add_row(*(escape(str(cell)) if cell is not None else "" for cell in row))
-    Console().print(table)
+    print_table([Column(title) for title in titles], [["" if c is None else str(c) for c in row] for row in rows])
     for info in infos:
         if info.reason:
             click.echo(f"{info.name}: {info.reason}")

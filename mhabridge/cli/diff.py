@@ -8,8 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from mhabridge.mapping import FRAMEWORKS
+
 if TYPE_CHECKING:
-    from mhabridge.diff import DiffReport
+    from mhabridge.cli.tables import Column
+    from mhabridge.diff import DiffReport, Entry, Run
     from mhabridge.spec import MHASpec
     from mhabridge.weights import MHAWeights
 
@@ -22,7 +25,7 @@ Examples:
 
 
 @click.command(epilog=EXAMPLES)
-@click.option("--backends", default="torch,mindspore,megengine", show_default=True, help="Names, joined by commas.")
+@click.option("--backends", default=",".join(FRAMEWORKS), show_default=True, help="Names, joined by commas.")
 @click.option("--embed-dim", type=int, help="E.  [default: 64]")
 @click.option(
     "--num-heads", type=int, help="H; for --weights the default is in the config.json beside it.  [default: 8]"
@@ -137,44 +140,40 @@ def _read(path: str) -> str:
 
 def show(report: DiffReport, notes: list[str]) -> None:
     """Print the report as a table, with the worst pair and every reason below it."""
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
+    from mhabridge.cli.tables import VERDICTS, print_table
 
-    console = Console()
-    console.width = max(console.width, 124)  # a row is wider than 80 columns, and useless when cut
     spec = report.spec
-    title = f"E={spec.embed_dim} H={spec.num_heads} {report.dtype}, against the float64 reference"
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-    for name, justify in _COLUMNS:
-        table.add_column(name, justify=justify, no_wrap=True)
+    rows = []
     for run in report.runs:
-        rows = [entry for entry in report.entries if entry.backend == run.backend]
-        for entry in rows:
-            table.add_row(*_row(run, entry))
-        if not rows:
-            table.add_row(run.backend, run.version, run.where, "", "", "", "", "", "", f"[red]{run.status}[/red]")
-    console.print(table)
-    _show_words(console, report, notes)
+        entries = [entry for entry in report.entries if entry.backend == run.backend]
+        rows += [_row(run, entry) for entry in entries]
+        if not entries:
+            rows.append([run.backend, run.version, run.where, *[""] * 6, run.status])
+    title = f"E={spec.embed_dim} H={spec.num_heads} {report.dtype}, against the float64 reference"
+    print_table(_columns(), rows, title=title, styles=VERDICTS)
+    for line in _words(report, notes):
+        click.echo(line)
 
 
-_COLUMNS: list[tuple[str, Any]] = [
-    ("backend", "left"),
-    ("version", "left"),
-    ("where", "left"),
-    ("native", "left"),
-    ("tensor", "left"),
-    ("max error", "right"),
-    ("mean error", "right"),
-    ("of bound", "right"),
-    ("worst at", "left"),
-    ("verdict", "left"),
-]
+def _columns() -> list[Column]:
+    from mhabridge.cli.tables import Column
+
+    return [
+        Column("backend"),
+        Column("version", drop=2),
+        Column("where", drop=3),
+        Column("native", drop=1),
+        Column("tensor"),
+        Column("max error", "right"),
+        Column("mean error", "right", drop=5),
+        Column("of bound", "right"),
+        Column("worst at", drop=4),
+        Column("verdict"),
+    ]
 
 
-def _row(run: Any, entry: Any) -> list[str]:
+def _row(run: Run, entry: Entry) -> list[str]:
     distance = entry.distance
-    colour = "green" if entry.ok else "red"
     return [
         run.backend,
         run.version,
@@ -185,11 +184,11 @@ def _row(run: Any, entry: Any) -> list[str]:
         f"{distance.mean_error:.2e}",
         f"{100 * max(distance.times_bound, distance.times_mean_bound):.0f} %",
         str(distance.index),
-        f"[{colour}]{distance.verdict}[/{colour}]",
+        distance.verdict,
     ]
 
 
-def _show_words(console: Any, report: DiffReport, notes: list[str]) -> None:
+def _words(report: DiffReport, notes: list[str]) -> list[str]:
     pair = report.worst_pair
     lines = []
     if pair:
@@ -199,10 +198,4 @@ def _show_words(console: Any, report: DiffReport, notes: list[str]) -> None:
         )
     lines += [f"{entry.backend} {entry.tensor}: {entry.distance.reason}" for entry in report.entries if not entry.ok]
     lines += [f"{run.backend} {run.status}: {run.reason}" for run in report.runs if run.reason]
-    lines += notes
-    lines.append("verdict: " + ("rounding explains every difference" if report.ok else "NOT ok"))
-    for line in lines:
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
-
-
-__all__ = ["command", "show"]
+    return [*lines, *notes, "verdict: " + ("rounding explains every difference" if report.ok else "NOT ok")]
