@@ -29,8 +29,8 @@ from megengine.autodiff import GradManager
 from mhabridge import dtypes, envelope, masks, reference
 from mhabridge.calls import Call, Result
 from mhabridge.dialects import spec_to_kwargs, translate_call
-from mhabridge.errors import ArgumentError, BackendError, UnsupportedError, WeightsError
-from mhabridge.native import NativeForm, flat_mask, native_form, parameter_grads, swap
+from mhabridge.errors import BackendError, UnsupportedError, WeightsError
+from mhabridge.native import NativeForm, flat_mask, native_form, parameter_grads
 from mhabridge.spec import MHASpec
 from mhabridge.weights import MHAWeights
 
@@ -55,7 +55,15 @@ def extract(layer: Any) -> tuple[MHASpec, MHAWeights]:
 
     Raises:
         WeightsError: the packed vector does not have the length that the module's sizes say.
+        UnsupportedError: a subclass with a forward of its own.
     """
+    if type(layer).forward is not megengine.module.MultiHeadAttention.forward:
+        raise UnsupportedError(
+            "layer",
+            given=f"{type(layer).__qualname__}, whose forward is its own",
+            expected="megengine.module.MultiHeadAttention's",
+            advice="What it computes is not known; only a module that computes plain attention can be moved.",
+        )
     packed = np.array(layer.io_weight_bias.numpy())
     spec = MHASpec(
         embed_dim=layer.embed_dim,
@@ -71,19 +79,22 @@ def extract(layer: Any) -> tuple[MHASpec, MHAWeights]:
     return spec, MHAWeights.from_layout("megengine", {"io_weight_bias": packed}, spec)
 
 
-def build(spec: MHASpec, weights: MHAWeights | None = None, *, mode: str = "auto", device: Any = None) -> Any:
+def build(
+    spec: MHASpec, weights: MHAWeights | None = None, *, device: Any = None, notes: list[str] | None = None
+) -> Any:
     """A native module; without weights it keeps MegEngine's initial values (11 times too small at E = 128).
 
     Args:
         spec: the layer.
         weights: its parameters.
-        mode: see ``mhabridge.build``.
         device: a MegEngine device name ("cpu0", "gpu0"), or None for the default one.
+        notes: a list that is filled with what the module has beyond the spec.
 
     Raises:
         UnsupportedError: the native class cannot express the spec.
     """
-    return _build(spec, weights, native_form(spec, FRAMEWORK, version()), device, [])
+    form = native_form(spec, FRAMEWORK, version())
+    return _build(spec, weights, form, device, [] if notes is None else notes)
 
 
 def _build(spec: MHASpec, weights: MHAWeights | None, form: NativeForm, device: Any, notes: list[str]) -> Any:
@@ -156,7 +167,7 @@ class _Run:
     def _operator(self, weights: MHAWeights) -> tuple[Any, Any, MHASpec]:
         """What to call, its packed parameter, and the spec that this is packed by."""
         try:
-            form = native_form(self.spec, FRAMEWORK, version())
+            form = native_form(self.spec, FRAMEWORK, version(), turn=True)
         except UnsupportedError:
             return self._functional(weights)
         self.notes.extend(["native: megengine.module.MultiHeadAttention", *form.notes])
@@ -222,6 +233,3 @@ class _Run:
         layout_spec = self.native.replace(dtype=self.spec.dtype)
         grads.update(parameter_grads(self.layout, packed, layout_spec, self.spec))
         return output, attention, grads
-
-
-__all__ = ["FRAMEWORK", "ArgumentError", "build", "extract", "is_layer", "run", "swap", "version"]

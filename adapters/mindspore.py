@@ -21,7 +21,7 @@ import numpy as np
 from mhabridge import dtypes, envelope, masks
 from mhabridge.calls import Call, Result
 from mhabridge.dialects import spec_to_kwargs, translate_call
-from mhabridge.errors import WeightsError
+from mhabridge.errors import ArgumentError, UnsupportedError, WeightsError
 from mhabridge.native import NativeForm, flat_mask, full_mask, native_form, parameter_grads, swap
 from mhabridge.spec import MHASpec
 from mhabridge.weights import MHAWeights
@@ -44,7 +44,15 @@ def extract(layer: Any) -> tuple[MHASpec, MHAWeights]:
 
     Raises:
         WeightsError: parameters that such a cell does not have, or of another shape.
+        UnsupportedError: a subclass with a construct of its own.
     """
+    if type(layer).construct is not mindspore.nn.MultiheadAttention.construct:
+        raise UnsupportedError(
+            "layer",
+            given=f"{type(layer).__qualname__}, whose construct is its own",
+            expected="mindspore.nn.MultiheadAttention's",
+            advice="What it computes is not known; only a cell that computes plain attention can be moved.",
+        )
     parameters = _parameters(layer)
     named = {name: _to_numpy(parameter) for name, parameter in parameters.items()}
     spec = MHASpec(
@@ -83,7 +91,9 @@ def _parameters(layer: Any) -> dict[str, Any]:
     return {name: item for name, item in found.items() if isinstance(item, mindspore.Parameter)}
 
 
-def build(spec: MHASpec, weights: MHAWeights | None = None, *, mode: str = "auto", device: Any = None) -> Any:
+def build(
+    spec: MHASpec, weights: MHAWeights | None = None, *, device: Any = None, notes: list[str] | None = None
+) -> Any:
     """A native cell; without weights it keeps the initial values that MindSpore gives it.
 
     ``device`` must be None: MindSpore's device belongs to the process (``mindspore.set_device``), not to a cell.
@@ -91,7 +101,14 @@ def build(spec: MHASpec, weights: MHAWeights | None = None, *, mode: str = "auto
     Raises:
         UnsupportedError: the native class cannot express the spec.
     """
-    return _build(spec, weights, native_form(spec, FRAMEWORK, version()), [])
+    if device is not None:
+        raise ArgumentError(
+            "device",
+            given=repr(device),
+            expected="None",
+            advice="MindSpore's device belongs to the process: mindspore.set_device.",
+        )
+    return _build(spec, weights, native_form(spec, FRAMEWORK, version()), [] if notes is None else notes)
 
 
 def _build(spec: MHASpec, weights: MHAWeights | None, form: NativeForm, notes: list[str]) -> Any:
@@ -118,7 +135,7 @@ def _load(layer: Any, named: dict[str, np.ndarray]) -> None:
 def run(spec: MHASpec, weights: MHAWeights, call: Call) -> Result:
     """One canonical call on the native cell, forward and, when asked for, backward."""
     envelope.refuse(FRAMEWORK, version(), spec, call)
-    form = native_form(spec, FRAMEWORK, version())
+    form = native_form(spec, FRAMEWORK, version(), turn=True)
     notes = ["native: mindspore.nn.MultiheadAttention", *form.notes]
     layer = _build(spec, weights, form, notes)
     layer.set_train(call.training)

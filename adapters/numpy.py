@@ -30,7 +30,9 @@ def extract(layer: Any) -> tuple[MHASpec, MHAWeights]:
     raise _no_layer()
 
 
-def build(spec: MHASpec, weights: MHAWeights | None = None, *, mode: str = "auto", device: Any = None) -> Any:
+def build(
+    spec: MHASpec, weights: MHAWeights | None = None, *, device: Any = None, notes: list[str] | None = None
+) -> Any:
     """NumPy has no layers."""
     raise _no_layer()
 

@@ -25,7 +25,7 @@ import torch
 from mhabridge import dtypes, envelope, masks
 from mhabridge.calls import Call, Result
 from mhabridge.dialects import translate_call
-from mhabridge.errors import WeightsError
+from mhabridge.errors import ArgumentError, UnsupportedError, WeightsError
 from mhabridge.native import NativeForm, flat_mask, full_mask, native_form, parameter_grads, swap
 from mhabridge.spec import MHASpec
 from mhabridge.weights import MHAWeights
@@ -47,8 +47,16 @@ def extract(layer: torch.nn.MultiheadAttention) -> tuple[MHASpec, MHAWeights]:
     """The spec and the weights (copies) of a native layer.
 
     Raises:
-        WeightsError: parameters that such a layer does not have, or of another shape.
+        WeightsError: parameters that such a layer does not have, or of another shape, or without values (meta).
+        UnsupportedError: a subclass with a forward of its own.
     """
+    if type(layer).forward is not torch.nn.MultiheadAttention.forward:
+        raise UnsupportedError(
+            "layer",
+            given=f"{type(layer).__qualname__}, whose forward is its own",
+            expected="torch.nn.MultiheadAttention's",
+            advice="What it computes is not known; only a layer that computes plain attention can be moved.",
+        )
     named = {name: _to_numpy(tensor) for name, tensor in layer.state_dict().items()}
     first = next(iter(named.values()))
     spec = MHASpec(
@@ -68,14 +76,15 @@ def extract(layer: torch.nn.MultiheadAttention) -> tuple[MHASpec, MHAWeights]:
 
 
 def build(
-    spec: MHASpec, weights: MHAWeights | None = None, *, mode: str = "auto", device: Any = None
+    spec: MHASpec, weights: MHAWeights | None = None, *, device: Any = None, notes: list[str] | None = None
 ) -> torch.nn.MultiheadAttention:
     """A native layer; without weights it keeps the initial values that PyTorch gives it.
 
     Raises:
         UnsupportedError: the native class cannot express the spec.
     """
-    return _build(spec, weights, native_form(spec, FRAMEWORK, version()), device, [])
+    form = native_form(spec, FRAMEWORK, version())
+    return _build(spec, weights, form, device, [] if notes is None else notes)
 
 
 def _build(
@@ -84,7 +93,14 @@ def _build(
     layer = torch.nn.MultiheadAttention(**form.kwargs).to(dtype=getattr(torch, spec.dtype))
     if weights is not None:
         _load(layer, weights.to_layout("torch", spec, notes=notes))
-    return layer if device is None else layer.to(device)
+    if device is None:
+        return layer
+    try:
+        return layer.to(device)
+    except (RuntimeError, AssertionError) as error:  # an unknown name; no CUDA in this build
+        raise ArgumentError(
+            "device", given=repr(device), expected="a device that PyTorch has here", advice=str(error)
+        ) from error
 
 
 def _load(layer: torch.nn.MultiheadAttention, named: dict[str, np.ndarray]) -> None:
@@ -100,7 +116,7 @@ def _load(layer: torch.nn.MultiheadAttention, named: dict[str, np.ndarray]) -> N
 def run(spec: MHASpec, weights: MHAWeights, call: Call) -> Result:
     """One canonical call on the native layer, forward and, when asked for, backward."""
     envelope.refuse(FRAMEWORK, version(), spec, call)
-    form = native_form(spec, FRAMEWORK, version())
+    form = native_form(spec, FRAMEWORK, version(), turn=True)
     notes = ["native: torch.nn.MultiheadAttention", *form.notes]
     layer = _build(spec, weights, form, None, notes)
     layer.train(call.training)
@@ -179,6 +195,10 @@ def _to_tensor(array: np.ndarray) -> torch.Tensor:
 
 
 def _to_numpy(tensor: torch.Tensor) -> np.ndarray:
+    if tensor.device.type == "meta":
+        raise WeightsError(
+            "layer", given="a meta tensor", expected="values", advice="Load the weights before extracting."
+        )
     tensor = tensor.detach().cpu().contiguous()
     if tensor.dtype == torch.bfloat16:
         return np.array(tensor.view(torch.int16).numpy()).view(dtypes.BFLOAT16_WORDS)

@@ -107,8 +107,11 @@ def canonical(key_padding_mask: Any = None, attn_mask: Any = None, is_causal: bo
     added = [part.added for part in parts if part is not None and part.added is not None]
     if _flag(is_causal, "is_causal"):
         blocked.append(np.triu(np.ones((sizes.target, sizes.source), bool), k=1)[None, None])
+    total = _join(np.add, added)
+    if total is not None:  # two masks near the end of float64's range must not add up to -inf, which means "blocked"
+        total = np.clip(total, -dtypes.LARGEST["float64"], dtypes.LARGEST["float64"])
     float_masks = [part.float_mask for part in parts if part is not None and part.float_mask is not None]
-    return Masks(sizes, _join(np.logical_or, blocked), _join(np.add, added), tuple(float_masks))
+    return Masks(sizes, _join(np.logical_or, blocked), total, tuple(float_masks))
 
 
 def check_policy(fully_masked: str) -> str:
@@ -297,7 +300,11 @@ def _take_apart(mask: Any, name: str, place: Any, sizes: Sizes) -> _Part | None:
 
 
 def _as_mask(mask: Any, name: str) -> np.ndarray:
-    array = np.asarray(mask)
+    try:
+        array = np.asarray(mask)
+    except Exception as error:  # ragged lists (ValueError), tensors that need a gradient or have no NumPy dtype (any)
+        given = f"{type(mask).__name__} that is no array ({error})"
+        raise ArgumentTypeError(name, given=given, expected="a NumPy array of bool, integers or floats") from error
     if array.dtype.kind in "biu" or dtypes.name_of(array) in dtypes.FLOATS:
         return array
     raise ArgumentTypeError(
@@ -343,8 +350,9 @@ def _join(operation: Any, parts: list[np.ndarray]) -> np.ndarray | None:
     if not parts:
         return None
     joined = parts[0]
-    for part in parts[1:]:
-        joined = operation(joined, part)
+    with np.errstate(over="ignore"):
+        for part in parts[1:]:
+            joined = operation(joined, part)
     return joined
 
 

@@ -34,8 +34,14 @@ class NativeForm:
     notes: tuple[str, ...]
 
 
-def native_form(spec: MHASpec, dialect: str, version: str) -> NativeForm:
+def native_form(spec: MHASpec, dialect: str, version: str, turn: bool = False) -> NativeForm:
     """The constructor's arguments for the native layer that can hold ``spec``.
+
+    Args:
+        spec: the layer.
+        dialect: the framework's.
+        version: of the framework.
+        turn: take a layer with the other axis order when the native class has only that; the caller then transposes.
 
     Raises:
         UnsupportedError: the native layer cannot express it.
@@ -49,6 +55,8 @@ def native_form(spec: MHASpec, dialect: str, version: str) -> NativeForm:
     try:
         return NativeForm(nearest, dialects.spec_to_kwargs(nearest, dialect, version=version), tuple(notes))
     except UnsupportedError:
+        if not turn:
+            raise
         turned = nearest.replace(batch_first=not spec.batch_first)
         try:
             kwargs = dialects.spec_to_kwargs(turned, dialect, version=version)

@@ -19,6 +19,7 @@ from typing import Any
 from mhabridge import dtypes
 from mhabridge.errors import ArgumentError, ArgumentTypeError
 
+LARGEST_SIZE = 2**31 - 1  # frameworks hold sizes in 32 bits in places; no layer comes near it
 _BIASES = ("q_bias", "k_bias", "v_bias", "out_bias")
 _SIZES = ("kdim", "vdim", "q_proj_size", "k_proj_size", "v_proj_size", "out_proj_size")
 
@@ -142,7 +143,7 @@ class MHASpec:
         least = 0 if name.endswith("proj_size") else 1
         if size < least:
             raise ArgumentError(name, given=str(size), expected=f"None or an integer of at least {least}")
-        return None if size == self.embed_dim else size
+        return None if _fits(size, name) == self.embed_dim else size
 
     def _expand_bias(self, bias: bool | None) -> None:
         given = [getattr(self, name) for name in _BIASES]
@@ -284,6 +285,9 @@ class MHASpec:
     def replace(self, **changes: Any) -> MHASpec:
         """A copy with some fields changed; ``bias`` sets the four biases that are not given themselves.
 
+        A size or scale that has its usual value is None, and follows: with another embed_dim it is the usual value of
+        that.
+
         Example:
             >>> MHASpec(8, 2).replace(bias=False).out_bias
             False
@@ -336,7 +340,7 @@ class MHASpec:
         """
         try:
             fields = json.loads(text)
-        except ValueError as error:
+        except (ValueError, TypeError, RecursionError) as error:
             raise ArgumentError("spec", given=f"text that is not JSON ({error})", expected="a JSON object") from error
         if not isinstance(fields, dict):
             raise ArgumentError("spec", given=f"a JSON {type(fields).__name__}", expected="a JSON object")
@@ -397,6 +401,12 @@ def _positive(value: Any, name: str) -> int:
     number = _integer(value, name)
     if number < 1:
         raise ArgumentError(name, given=str(number), expected="an integer of at least 1")
+    return _fits(number, name)
+
+
+def _fits(number: int, name: str) -> int:
+    if number > LARGEST_SIZE:
+        raise ArgumentError(name, given="an integer beyond 2**31 - 1", expected="a size that an array can have")
     return number
 
 
@@ -409,9 +419,13 @@ def _boolean(value: Any, name: str) -> bool:
 def _finite(value: Any, name: str) -> float:
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise ArgumentTypeError(name, given=f"{value!r} ({type(value).__name__})", expected="a number")
-    if not math.isfinite(value):
-        raise ArgumentError(name, given=repr(value), expected="a finite number")
-    return float(value)
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number):
+        raise ArgumentError(name, given=f"{number}", expected="a finite number")
+    return number
 
 
 def _probability(value: Any, name: str) -> float:

@@ -145,7 +145,7 @@ def _unsayable(framework: str, version: str, spec: MHASpec) -> str:
     reasons = []
     for dialect in mapping.table(framework)["dialects"]:
         try:
-            native_form(spec, dialect, version)
+            native_form(spec, dialect, version, turn=True)
         except UnsupportedError as error:
             reasons.append(f"{error.subject}: {error.expected}.")
         else:

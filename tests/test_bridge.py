@@ -101,6 +101,57 @@ def test_a_subclass_with_other_parameters_is_refused() -> None:
         mb.extract(Odd())
 
 
+@pytest.mark.frameworks
+@pytest.mark.parametrize("name", HERE)
+def test_a_subclass_that_computes_something_else_is_refused(name: str) -> None:
+    module = pytest.importorskip(name, reason=f"{name} is not importable here")
+
+    class Own(module.nn.MultiheadAttention):  # type: ignore[misc, name-defined]
+        def forward(self, *args: Any) -> Any:
+            return args
+
+        construct = forward
+
+    with pytest.raises(UnsupportedError, match="Own, whose"):
+        mb.extract(Own(16, 4))
+
+
+@pytest.mark.frameworks
+@pytest.mark.parametrize("name", HERE)
+def test_stand_in_biases_are_zero_and_said(name: str) -> None:
+    pytest.importorskip(name, reason=f"{name} is not importable here")
+    spec = mb.MHASpec(16, 4, out_bias=False, k_bias=False)
+    for weights in (None, mb.MHAWeights.random(spec)):
+        notes: list[str] = []
+        layer = mb.build(spec, name, weights, notes=notes)
+        assert any("out_bias" in note for note in notes)
+        found = mb.extract(layer)[1].arrays()
+        assert not found["out_bias"].any()
+        assert not found["k_bias"].any()
+        assert found["q_weight"].any()
+
+
+@pytest.mark.frameworks
+def test_meta_tensors_and_devices() -> None:
+    torch = pytest.importorskip("torch", reason="PyTorch is not importable here")
+    pytest.importorskip("mindspore", reason="MindSpore is not importable here")
+    with pytest.raises(WeightsError, match="meta"):
+        mb.extract(torch.nn.MultiheadAttention(16, 4, device="meta"))
+    with pytest.raises(ArgumentError, match="device"):
+        mb.build(mb.MHASpec(16, 4), "torch", device="nonsense")
+    with pytest.raises(ArgumentError, match="set_device"):
+        mb.build(mb.MHASpec(16, 4), "mindspore", device="nonsense")
+    assert mb.build(mb.MHASpec(16, 4), "torch", device="cpu").in_proj_weight.device.type == "cpu"
+
+
+@pytest.mark.frameworks
+def test_another_version_than_the_one_here_is_not_built() -> None:
+    torch = pytest.importorskip("torch", reason="PyTorch is not importable here")
+    with pytest.raises(BackendError, match=r"version 1\.8\.1"):
+        mb.build(mb.MHASpec(16, 4), "torch@1.8.1")
+    assert mb.build(mb.MHASpec(16, 4), "torch@" + torch.__version__.partition("+")[0]) is not None
+
+
 @pytest.mark.parametrize("thing", [None, 3, "torch", np.zeros(2), object()])
 def test_what_is_no_layer_is_refused(thing: Any) -> None:
     with pytest.raises(ArgumentTypeError, match="native multi-head attention layer"):
@@ -127,5 +178,10 @@ def test_a_framework_that_is_not_here_is_a_clear_error() -> None:
         pytest.skip("MegEngine is importable here")
     with pytest.raises(BackendError, match="mhabridge backends install megengine"):
         mb.build(mb.MHASpec(16, 4), "megengine")
+    with pytest.raises(ArgumentTypeError, match="an MHASpec"):
+        mb.build("torch", mb.MHASpec(16, 4))  # type: ignore[arg-type]
+    for name in ("layouts", "numpy"):
+        with pytest.raises(ArgumentError, match="torch, mindspore, megengine"):
+            mb.build(mb.MHASpec(16, 4), name)
     with pytest.raises(ArgumentError, match="torch, mindspore, megengine"):
         mb.build(mb.MHASpec(16, 4), "tensorflow")

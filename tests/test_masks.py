@@ -122,12 +122,21 @@ def test_a_two_dimensional_mask_is_not_blown_up() -> None:
         ("attn_mask", np.full((4, 5), "x"), "<U1"),
         ("attn_mask", [[None] * 5] * 4, "object"),
         ("attn_mask", np.zeros((4, 5), np.longdouble), "float128"),
+        ("attn_mask", [[True], [True, False]], "no array"),
     ],
 )
 def test_a_wrong_mask_is_refused_by_name(name: str, mask: Any, words: str) -> None:
     with pytest.raises((ArgumentError, ArgumentTypeError), match=words) as error:
         canonical(**{name: mask}, sizes=SIZES)
     assert error.value.subject == name
+
+
+def test_two_huge_masks_do_not_add_up_to_blocked() -> None:
+    low = np.finfo(np.float64).min
+    found = canonical(np.full((2, 5), low), np.full((4, 5), low), sizes=SIZES)
+    assert found.added is not None
+    assert np.isfinite(found.added).all()
+    assert not found.fully_masked().any()
 
 
 def test_is_causal_is_a_flag() -> None:

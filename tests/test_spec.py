@@ -72,6 +72,9 @@ def test_no_projection_has_no_bias() -> None:
         ({"embed_dim": 8, "num_heads": 2, "q_proj_size": 0}, ArgumentError, "equal head sizes"),
         ({"embed_dim": 8, "num_heads": 2, "out_proj_size": 4, "residual": True}, ArgumentError, "as many as the query"),
         ({"embed_dim": 8, "num_heads": 2, "scale": float("inf")}, ArgumentError, "finite"),
+        ({"embed_dim": 8, "num_heads": 2, "dropout": 10**400}, ArgumentError, "finite"),
+        ({"embed_dim": 10**400, "num_heads": 2}, ArgumentError, r"2\*\*31"),
+        ({"embed_dim": 8, "num_heads": 2, "kdim": 2**31}, ArgumentError, r"2\*\*31"),
     ],
 )
 def test_what_cannot_be_is_refused_by_name(fields: dict[str, Any], error: type[Exception], words: str) -> None:
@@ -98,9 +101,11 @@ def test_numpy_integers_and_dtypes_are_welcome() -> None:
         ("[1]", "JSON list"),
         ('{"embed_dim": 8, "num_heads": 2, "has_bias": true}', "has_bias"),
         ('{"embed_dim": 8}', "num_heads"),
+        ("[" * 100_000, "not JSON"),
+        (None, "not JSON"),
     ],
 )
-def test_json_that_is_no_spec_is_refused(text: str, words: str) -> None:
+def test_json_that_is_no_spec_is_refused(text: Any, words: str) -> None:
     with pytest.raises((ArgumentError, ArgumentTypeError), match=words):
         MHASpec.from_json(text)
 
