@@ -74,6 +74,7 @@ check: $(SETUP)
 bench: setup
 	$(BIN)/python benchmarks/startup.py
 	$(BIN)/python benchmarks/worker.py
+	$(BIN)/python benchmarks/judging.py
 
 docs: $(SETUP)
 	$(BIN)/python -m mhabridge.differences docs/api-mapping.md

@@ -7,21 +7,24 @@ remembers from one
   call to the next whether they were one (in graph mode it then answers for the wrong ones).
 - A cell is in evaluation mode when it is made; ``set_train`` says which, always.
 - need_weights=False gives a 1-tuple.
+- If the first gradient of a process is taken with a source of one position, 2.10 gives wrong gradients from then on,
+  for any shape. So the first one here is a small known one; if that is already wrong, the process cannot be used.
 
 This module also runs inside workers (Python 3.8).
 """
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import mindspore
 import numpy as np
 
-from mhabridge import dtypes, envelope, masks
+from mhabridge import dtypes, envelope, masks, reference
 from mhabridge.calls import Call, Result
 from mhabridge.dialects import spec_to_kwargs, translate_call
-from mhabridge.errors import ArgumentError, UnsupportedError, WeightsError
+from mhabridge.errors import ArgumentError, BackendError, UnsupportedError, WeightsError
 from mhabridge.native import NativeForm, flat_mask, full_mask, native_form, parameter_grads, swap
 from mhabridge.spec import MHASpec
 from mhabridge.weights import MHAWeights
@@ -171,6 +174,7 @@ def _grads(layer: Any, inputs: list[Any], form: NativeForm, spec: MHASpec, call:
             total = total + (attention * _cast(call.grad_attn_weights, spec)).sum()
         return total
 
+    _prove_gradients()
     parameters = _parameters(layer)
     wanted = mindspore.ParameterTuple(parameters.values())
     of_inputs, of_parameters = mindspore.grad(loss, tuple(range(len(inputs))), wanted)(*inputs)
@@ -181,6 +185,31 @@ def _grads(layer: Any, inputs: list[Any], form: NativeForm, spec: MHASpec, call:
     if call.mask_grad:
         grads["mask"] = full_mask(_to_numpy(of_inputs[3]), spec, call)
     return grads
+
+
+@functools.lru_cache(maxsize=None)
+def _prove_gradients() -> None:
+    """Take a small known gradient, once in a process: d(sum(softmax(x w) y)) / dx, with three positions.
+
+    Raises:
+        BackendError: it is wrong: something took a gradient over one source position first.
+    """
+    rng = np.random.RandomState(0)
+    query, key, value = (rng.standard_normal(shape).astype(np.float32) for shape in ((2, 2, 4), (3, 2, 4), (3, 2, 4)))
+    layer = mindspore.nn.MultiheadAttention(4, 2)
+    spec, weights = extract(layer)
+    grad = mindspore.grad(lambda q: layer(q, mindspore.Tensor(key), mindspore.Tensor(value))[0].sum())
+    found = _to_numpy(grad(mindspore.Tensor(query)))
+    arrays = [np.ascontiguousarray(array.swapaxes(0, 1)) for array in (query, key, value)]
+    call = Call(arrays[0], arrays[1], arrays[2], grad_output=np.ones((2, 2, 4)))
+    known = reference.attend(spec, weights, call).grads["query"]
+    if not np.allclose(found, known.swapaxes(0, 1), rtol=1e-3, atol=1e-4):
+        raise BackendError(
+            "mindspore",
+            given="wrong gradients for a small known layer, in this process",
+            expected="right ones",
+            advice="MindSpore 2.10 does that after a first gradient over one source position. Start a new process.",
+        )
 
 
 def _cast(array: np.ndarray, spec: MHASpec) -> Any:

@@ -119,6 +119,21 @@ class Fixed:
 
 
 @dataclasses.dataclass(frozen=True)
+class MasksTogether:
+    """Which kinds of mask a dialect takes side by side, where it takes each of them alone.
+
+    Args:
+        kinds: groups of kinds; both masks have to be of the same group.
+        reason: what the framework does otherwise.
+        advice: what to do instead.
+    """
+
+    kinds: tuple[tuple[str, ...], ...]
+    reason: str
+    advice: str
+
+
+@dataclasses.dataclass(frozen=True)
 class Behaviour:
     """Something that differs between frameworks and is no argument."""
 
@@ -144,6 +159,7 @@ class Dialect:
         behaviour: differences that are no argument.
         docs: the address of the framework's own page, or empty.
         call_ignores: what the call's signature has besides the arguments of a call.
+        masks_together: the kinds of mask that may be given side by side; None when all may.
     """
 
     name: str
@@ -157,6 +173,7 @@ class Dialect:
     behaviour: tuple[Behaviour, ...]
     docs: str = ""
     call_ignores: tuple[str, ...] = ()
+    masks_together: MasksTogether | None = None
 
     @property
     def label(self) -> str:
@@ -267,7 +284,14 @@ def _dialect(name: str, version: str | None) -> Dialect:
         behaviour=tuple(Behaviour(**entry) for entry in _of_version(table["behaviour"], version)),
         docs=table.get("docs", ""),
         call_ignores=tuple(table.get("call_ignores", ())),
+        masks_together=_masks_together(table.get("masks_together")),
     )
+
+
+def _masks_together(entry: dict[str, Any] | None) -> MasksTogether | None:
+    if entry is None:
+        return None
+    return MasksTogether(**{**entry, "kinds": tuple(map(tuple, entry["kinds"]))})
 
 
 def _positioned(entries: list[dict[str, Any]], one_callable: bool) -> tuple[Argument, ...]:

@@ -111,7 +111,11 @@ def _other_version(spoken: Dialect, name: str) -> str:
         ranges.append(f"from {entries[0].since} on")
     if entries[-1].until:
         ranges.append(f"before {entries[-1].until}")
-    return f"{spoken.title} has it {', and '.join(ranges)}; name the version you mean, as in {spoken.name}@VERSION."
+    fixed = spoken.fixed_for(entries[0].field or "")
+    here = f" In {spoken.label} {fixed.reason}." if fixed else ""
+    return (
+        f"{spoken.title} has it {', and '.join(ranges)}; name the version you mean, as in {spoken.name}@VERSION.{here}"
+    )
 
 
 def _other_dialect(spoken: Dialect, name: str) -> str:

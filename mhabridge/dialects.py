@@ -25,13 +25,9 @@ _POSITIONAL = ("query", "key", "value")  # MindSpore takes them by position only
 _ELSEWHERE = 'The "numpy" backend computes every spec, in float64.'
 
 
-def _bias_of_all(spec: MHASpec) -> bool | None:
-    return spec.bias  # type: ignore[attr-defined, no-any-return, unused-ignore]  # type checkers see an InitVar only
-
-
 def _follows_bias(spec: MHASpec, field: str) -> bool:
     """A projection's own bias where only the shorthand ``bias`` is given."""
-    return _bias_of_all(spec) is not False and getattr(spec, field.replace("bias", "proj_size")) != 0
+    return spec.bias is not False and getattr(spec, field.replace("bias", "proj_size")) != 0
 
 
 def _scale_of_embed_dim(spec: MHASpec) -> float:
@@ -187,7 +183,7 @@ def spec_to_kwargs(spec: MHASpec, name: str, version: str | None = None) -> dict
 
 def _says_each_bias(spec: MHASpec, spoken: Dialect) -> bool:
     """Whether the biases differ and the dialect has an argument for each."""
-    if _bias_of_all(spec) is not None:
+    if spec.bias is not None:
         return False
     if spoken.argument_for("q_bias") is None:
         raise UnsupportedError(
@@ -246,7 +242,8 @@ def translate_call(
     Values pass through untouched, whatever tensors they are: a name is translated, never an array. Query, key and
     value come back positional, the rest as keywords. A default that differs is made explicit (MegEngine's need_weights
     is False, PyTorch's True). The axis order (``batch_first``) is not a call's argument: it belongs to the layer, and
-    inputs stay as they are. A mask of a dtype that the target does not take is refused.
+    inputs stay as they are. A mask of a dtype that the target does not take is refused, and so are two masks that it
+    takes only one by one.
 
     ``megengine.functional`` takes the layer's arguments in the same call. As a source, those are for
     ``MHASpec.from_kwargs("megengine.functional", *args, **kwargs)`` and are left out here; ``training`` is refused,
@@ -282,6 +279,7 @@ def translate_call(
         _check_not_lost(heard, spoken, field, value, given)
         _check_hint(heard, spoken, field, values)
         _check_mask(spoken, field, values)
+    _check_masks_together(spoken, values)
     positional = tuple(values[field] for field in _POSITIONAL)
     keywords = {}
     for argument in spoken.of_role("input"):
@@ -340,6 +338,17 @@ def _check_mask(spoken: Dialect, field: str, values: dict[str, Any]) -> None:
     if kind is not None and kind not in argument.dtypes:
         advice = "A bool mask (True: may not attend) is taken everywhere; mhabridge.masks.canonical makes one."
         raise _unsaid(argument.name, f"a {kind} mask", spoken, f"one of {', '.join(argument.dtypes)}", advice)
+
+
+def _check_masks_together(spoken: Dialect, values: dict[str, Any]) -> None:
+    """Refuse two masks of kinds that the target takes one by one, and misreads together."""
+    rule = spoken.masks_together
+    kinds = [_mask_kind(values[field]) for field in ("key_padding_mask", "attn_mask")]
+    if rule is None or None in kinds or any(set(kinds) <= set(group) for group in rule.kinds):
+        return
+    groups = ", or ".join("both " + " or ".join(group) for group in rule.kinds)
+    given = f"a {kinds[0]} key_padding_mask with a {kinds[1]} attn_mask"
+    raise _unsaid("key_padding_mask, attn_mask", given, spoken, f"{groups}: {rule.reason}", rule.advice)
 
 
 def _unsaid(name: str, given: str, spoken: Dialect, expected: str, advice: str) -> UnsupportedError:

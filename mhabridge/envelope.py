@@ -72,6 +72,7 @@ FEATURES: dict[str, Callable[[MHASpec, Call], bool]] = {
     "per_head_weights": lambda spec, call: call.need_weights and not call.average_attn_weights,
     "attn_weights_gradient": lambda spec, call: call.grad_attn_weights is not None,
     "mask_gradient": lambda spec, call: call.mask_grad,
+    "gradient_of_one_row": lambda spec, call: call.wants_grads and call.query.shape[:2] == (1, 1),
     "empty": lambda spec, call: 0 in (*call.query.shape[:2], call.key.shape[1]),
     "empty_target": lambda spec, call: call.query.shape[1] == 0,
     "empty_source": lambda spec, call: call.key.shape[1] == 0,

@@ -1,7 +1,8 @@
 """Which layout a block of a checkpoint has, and the spec that its shapes tell.
 
 What a layout is, and how weights go through one, is in ``mhabridge.packing``. Here nothing is known but names and
-shapes. They never tell the number of heads; and MegEngine's packed vector tells its length only.
+shapes. They never tell the number of heads; and MegEngine's packed vector tells its length only, which is read when
+all but one reading of it are ruled out by what else is known.
 
 This module also runs inside workers (Python 3.8).
 """
@@ -14,7 +15,7 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from mhabridge import packing, rearrange
-from mhabridge.errors import ArgumentError, UnsupportedError, WeightsError
+from mhabridge.errors import ArgumentError, ArgumentTypeError, MHABridgeError, UnsupportedError, WeightsError
 from mhabridge.packing import Layout as Layout
 from mhabridge.packing import find as find
 from mhabridge.packing import names as names
@@ -35,7 +36,7 @@ class Recognised:
         layout: the layout's name.
         tensors: the full names of the tensors that are the layer's.
         facts: fields of ``MHASpec``, without num_heads and dtype; empty when the shapes leave the sizes open.
-        notes: what was assumed, or why the sizes are open.
+        notes: what was concluded from a length, why the sizes are open, and what lies beside the layer.
     """
 
     layout: str
@@ -52,9 +53,11 @@ def recognise(names_and_shapes: Mapping[str, Shape], prefix: str = "", **known: 
     Args:
         names_and_shapes: every tensor's shape by its full name.
         prefix: what goes before the layout's own names, such as "encoder.layer.0.attention".
-        **known: fields of the spec that are known from elsewhere.
+        **known: fields of the spec that are known from elsewhere; ``kdim=None`` says that it is embed_dim.
 
     Raises:
+        ArgumentError: a packed vector's length has no reading with what is known.
+        ArgumentTypeError: something known that is no field of the spec.
         UnsupportedError: grouped-query or multi-query attention, head-interleaved fused qkv, and other layers that
             would be read wrongly.
         WeightsError: no layout has these names, some would be left over, or the shapes do not fit each other.
@@ -65,21 +68,20 @@ def recognise(names_and_shapes: Mapping[str, Shape], prefix: str = "", **known: 
         >>> found.layout, found.facts["embed_dim"], found.facts["q_bias"], found.facts["out_bias"]
         ('fused-qkv', 8, False, True)
     """
+    _check_known(known)
     own = packing.below(prefix, names_and_shapes)
     layout = _choose(own, prefix)
     own = _without(own, layout.beside)
     tensors = tuple(packing.join(prefix, name) for name in own)
+    notes: list[str] = []
     if _is_vector(layout):
-        try:
-            fields, notes = _vector_facts(layout, own, prefix, known)
-        except ArgumentError as error:
-            if "embed_dim" in known:
-                raise
-            fields, notes = {}, [str(error)]
+        layout, fields, notes = _recognise_vector(layout, own, prefix, known)
     else:
-        fields, notes = {**_facts(layout, own, prefix), **known}, []
-        packing.check_tensors(layout, own, MHASpec(**{**fields, "num_heads": 1}), prefix=prefix)
-    return Recognised(layout.name, tensors, fields, tuple(notes))
+        fields = {**_facts(layout, own, prefix), **known}
+        packing.check_tensors(layout, own, MHASpec(**{"num_heads": 1, **fields}), prefix=prefix)
+    notes += packing.left_beside(layout, names_and_shapes, prefix)
+    facts = {name: value for name, value in fields.items() if name not in ("num_heads", "dtype")}
+    return Recognised(layout.name, tensors, facts, tuple(notes))
 
 
 def spec_from_shapes(
@@ -97,23 +99,25 @@ def spec_from_shapes(
         shapes: every tensor's shape by its full name.
         num_heads: H, which no shape tells.
         prefix: what goes before the layout's own names.
-        notes: a list that is filled with what was assumed.
+        notes: a list that is filled with what was concluded from a packed vector's length.
         **known: fields of the spec that are known from elsewhere, such as dtype or batch_first. MegEngine's vector
-            needs embed_dim, kdim, vdim and bias, unless kdim = vdim = embed_dim.
+            needs kdim and vdim, where None says that they are embed_dim; that of its function needs all sizes.
 
     Raises:
-        ArgumentError: the length of a packed vector leaves the sizes open, or num_heads does not fit.
+        ArgumentError: the length of a packed vector has no reading or several, or num_heads does not fit.
+        ArgumentTypeError: something known that is no field of the spec.
         UnsupportedError: grouped-query or multi-query attention.
         WeightsError: the tensors are not those of a layer in this layout.
 
     Example:
-        >>> spec_from_shapes("megengine", {"io_weight_bias": (1, 80)}, num_heads=2).embed_dim
+        >>> spec_from_shapes("megengine", {"io_weight_bias": (1, 80)}, num_heads=2, kdim=None, vdim=None).embed_dim
         4
     """
+    _check_known(known)
     chosen = packing.find(layout)
     own = _without(packing.below(prefix, shapes), chosen.beside)
     if _is_vector(chosen):
-        fields, said = _vector_facts(chosen, own, prefix, known)
+        fields, said = _vector_facts(chosen, own, prefix, {**known, "num_heads": num_heads})
         if notes is not None:
             notes.extend(said)
     else:
@@ -121,6 +125,15 @@ def spec_from_shapes(
     spec = MHASpec(**{**fields, "num_heads": num_heads})
     packing.check_tensors(chosen, own, spec, prefix=prefix)
     return spec
+
+
+def _check_known(known: Mapping[str, Any]) -> None:
+    fields = [field.name for field in dataclasses.fields(MHASpec)] + ["bias"]
+    unknown = [name for name in known if name not in fields]
+    if unknown:
+        raise ArgumentTypeError(
+            ", ".join(unknown), given="no field of MHASpec", expected="fields among " + ", ".join(fields)
+        )
 
 
 def prefixes(tensor_names: Iterable[str]) -> list[str]:
@@ -294,38 +307,87 @@ def _refuse_shape(layout: Layout, part: str, own: Mapping[str, Shape], prefix: s
 # -- by the length of a packed vector --------------------------------------------------------------------------------
 
 
+@dataclasses.dataclass(frozen=True)
+class _Reading:
+    """One way to understand a vector's length: fields of the spec, and in words what they still leave open."""
+
+    fields: dict[str, Any]
+    left_open: str = ""
+
+    def __str__(self) -> str:
+        return ", ".join(filter(None, (_said(self.fields) if self.fields else "", self.left_open)))
+
+
 def _is_vector(layout: Layout) -> bool:
     return any("flatten" in tensor.steps for tensor in layout.tensors)
+
+
+def _recognise_vector(
+    layout: Layout, own: Mapping[str, Shape], prefix: str, known: Mapping[str, Any]
+) -> tuple[Layout, dict[str, Any], list[str]]:
+    """The first layout of this name in which the length has a reading; its fields only if there is no other one."""
+    error: MHABridgeError | None = None
+    for candidate in _of_same_names(layout):
+        try:
+            readings = _readings(candidate, _vector_length(candidate, own, prefix), known)
+            if readings:
+                return (candidate, *_vector_facts(candidate, own, prefix, known))
+        except UnsupportedError as refusal:  # what is known says that it is not this one
+            error = error or refusal
+        except ArgumentError as unsettled:
+            return candidate, {}, [str(unsettled)]
+    raise error or _unsettled(layout, own, prefix, known, [])
 
 
 def _vector_facts(
     layout: Layout, own: Mapping[str, Shape], prefix: str, known: Mapping[str, Any]
 ) -> tuple[dict[str, Any], list[str]]:
-    """The one reading of a vector's length in which all that is not known has its default, and what to say of it.
+    """The one reading of a vector's length, and what to say of it."""
+    length = _vector_length(layout, own, prefix)
+    readings = _readings(layout, length, known)
+    if len(readings) != 1 or readings[0].left_open:
+        raise _unsettled(layout, own, prefix, known, readings)
+    fields = readings[0].fields
+    concluded = {name: value for name, value in fields.items() if name not in known}
+    others = [other.name for other in _of_same_names(layout) if other != layout]
+    note = f"{packing.join(prefix, layout.tensors[0].name)}: {length} numbers, read in the layout {layout.name} as "
+    note += f"{_said(concluded)} for the given {_said(known)}." if concluded else f"{_said(known)}, all of it given."
+    return fields, [f"{note} {', '.join(others)} packs other layers under the same name." if others else note]
 
-    With kdim = vdim = embed_dim there is never more than one: 4E(E + 1) is no 4F².
-    """
+
+def _vector_length(layout: Layout, own: Mapping[str, Shape], prefix: str) -> int:
     name = layout.tensors[0].name
-    path, shape = packing.join(prefix, name), tuple(own.get(name, ()))
+    shape = tuple(own.get(name, ()))
     if len(shape) != 2 or shape[0] != 1:
         raise WeightsError(
-            path,
+            packing.join(prefix, name),
             given=f"shape {shape}" if name in own else "no such tensor",
             expected="shape (1, n): one row",
             advice="Nothing is reshaped to fit.",
         )
-    guesses = [{**guess, **known} for guess in _guesses(shape[1], known)]
-    fitting = [guess for guess in guesses if _length(layout, guess) == shape[1]]
-    if len(fitting) != 1:
-        raise ArgumentError(
-            "embed_dim, kdim, vdim, bias",
-            given=f"{path} with {shape[1]} numbers and {_said(known)}",
-            expected="values that give this length",
-            advice=f"The vector does not tell its sizes; it could be {_readings(layout, shape[1], guesses)}.",
-        )
-    if "embed_dim" in known:
-        return fitting[0], []
-    return fitting[0], [f"{path}: {shape[1]} numbers, read as {_said(fitting[0])} with kdim and vdim as usual."]
+    return shape[1]
+
+
+def _of_same_names(layout: Layout) -> list[Layout]:
+    return [other for other in packing.every() if other.tensors == layout.tensors]
+
+
+def _readings(layout: Layout, length: int, known: Mapping[str, Any]) -> list[_Reading]:
+    """All readings of a length, those with kdim and vdim nearest to embed_dim first."""
+    if "usual sizes" not in layout.needs:
+        open_ones = [name for name in ("embed_dim", "kdim", "vdim", *packing.SIZES) if name not in known]
+        open_ones += [name for name in _BIASES if not {name, "bias"}.intersection(known)]
+        if open_ones:
+            return [_Reading(dict(known), f"any {', '.join(open_ones)}")]
+    found: list[tuple[int, int, _Reading]] = []
+    for guess in _guesses(length, known):
+        try:
+            reading, distance = _reading(layout, length, {**guess, **known})
+        except ArgumentError:  # no such spec
+            continue
+        if reading is not None:
+            found.append((distance, len(found), reading))
+    return [reading for *_, reading in sorted(found, key=lambda entry: entry[:2])]
 
 
 def _guesses(length: int, known: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -336,22 +398,44 @@ def _guesses(length: int, known: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [{"embed_dim": width, **bias} for width in widths for bias in biases]
 
 
+def _reading(layout: Layout, length: int, fields: dict[str, Any]) -> tuple[_Reading | None, int]:
+    """What a length leaves for kdim and vdim, each of which takes embed_dim numbers for every feature."""
+    width = fields["embed_dim"]
+    unknown = [name for name in ("kdim", "vdim") if name not in fields]
+    more, odd = divmod(length - _length(layout, {**fields, **dict.fromkeys(unknown, 1)}), width)
+    if odd or more < 0 or (more and not unknown):
+        return None, 0
+    total = more + len(unknown)
+    distance = abs(total - width * len(unknown))
+    if len(unknown) == 2 and more:
+        usual = f" (usual: {width} each)" if not distance else ""
+        return _Reading(fields, f"kdim + vdim = {total}{usual}"), distance
+    return _Reading({**fields, **dict.fromkeys(unknown, total // max(len(unknown), 1))}), distance
+
+
 def _length(layout: Layout, fields: Mapping[str, Any]) -> int:
     """How long the vector of such a layer is."""
-    shapes = layout.shapes(MHASpec(**{**fields, "num_heads": 1}))
+    shapes = layout.shapes(MHASpec(**{"num_heads": 1, **fields}))
     return sum(shape[-1] for shape in shapes.values())
 
 
-def _readings(layout: Layout, length: int, guesses: Iterable[Mapping[str, Any]]) -> str:
-    """The readings with kdim = vdim, those nearest to embed_dim first."""
-    found = []
-    for guess in guesses:
-        width = guess["embed_dim"]
-        each, odd = divmod(length - _length(layout, {**guess, "kdim": 1, "vdim": 1}), 2 * width)
-        if not odd and each >= 0:
-            found.append((abs(each + 1 - width), f"{_said(guess)}, kdim=vdim={each + 1}"))
-    return "; or ".join(text for _, text in sorted(found)[:4]) or "no layer with kdim = vdim"
+def _unsettled(
+    layout: Layout, own: Mapping[str, Shape], prefix: str, known: Mapping[str, Any], readings: list[_Reading]
+) -> ArgumentError:
+    listed = "; or ".join(map(str, readings[:_LISTED])) or "no layer of that"
+    more = f"; or {len(readings) - _LISTED} more" if len(readings) > _LISTED else ""
+    return ArgumentError(
+        "embed_dim, kdim, vdim, bias",
+        given=f"{packing.join(prefix, layout.tensors[0].name)} with {_vector_length(layout, own, prefix)} numbers "
+        f"and {_said(known)}",
+        expected="values that give this length, and leave one reading",
+        advice=f"In the layout {layout.name} it could be {listed}{more}. Say which; kdim=None means embed_dim.",
+    )
+
+
+_LISTED = 8
+_SAID = ("embed_dim", "kdim", "vdim", "bias", *_BIASES, *packing.SIZES)
 
 
 def _said(fields: Mapping[str, Any]) -> str:
-    return ", ".join(f"{name}={value}" for name, value in fields.items()) or "nothing known"
+    return ", ".join(f"{name}={fields[name]}" for name in _SAID if name in fields) or "nothing known"

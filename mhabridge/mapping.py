@@ -10,16 +10,19 @@ This module also runs inside workers (Python 3.8).
 from __future__ import annotations
 
 import functools
+import re
 import sys
 from typing import Any
 
-from mhabridge.errors import ArgumentError
+from mhabridge.errors import ArgumentError, ArgumentTypeError
 
 # Every framework that has a table in mappings/ and an adapter in adapters/. "numpy" is the float64 reference.
 FRAMEWORKS = ("torch", "mindspore", "megengine")
 REFERENCE = "numpy"
 
 _provided: dict[str, dict[str, Any]] = {}
+# Numbers with dots, then the tail of a pre-release ("rc1", ".dev20240101") and of a build ("+cpu").
+_VERSION = re.compile(r"(\d+(?:\.\d+)*)(?:[-_.]?[A-Za-z][\w.]*)?(?:\+[\w.]+)?")
 
 
 def provide(tables: dict[str, dict[str, Any]]) -> None:
@@ -74,32 +77,42 @@ def parse_name(name: str, version: str | None = None) -> tuple[str, str | None]:
     """Split "torch@1.8.1" into its name and version; ``version`` is another way to give the latter.
 
     Raises:
-        ArgumentError: both are given and differ, or one is empty.
+        ArgumentError: both are given and differ, one is empty, or the version is none.
+        ArgumentTypeError: one of them is no string.
 
     Example:
         >>> parse_name("torch@1.8.1"), parse_name("megengine.functional")
         (('torch', '1.8.1'), ('megengine.functional', None))
     """
+    for what, text in (("name", name), ("version", "" if version is None else version)):
+        if not isinstance(text, str):
+            raise ArgumentTypeError(
+                what, given=type(text).__name__, expected="a string", advice="For example torch@1.8.1."
+            )
     base, at, inline = name.partition("@")
     if not base or (at and not inline):
         raise ArgumentError(
             "name", given=repr(name), expected="a name, or name@version", advice="For example torch@1.8.1."
         )
-    if inline and version and inline != version:
+    if inline and version is not None and inline != version:
         raise ArgumentError("version", given=f"{name!r} and version={version!r}", expected="one version")
-    return base, inline or version
+    found = inline or version
+    if found is not None:
+        version_key(found)
+    return base, found
 
 
 def version_key(version: str) -> tuple[int, ...]:
     """A version as numbers, for comparing: "2.13.0+cpu" is (2, 13, 0), and a pre-release's tail is ignored.
 
+    Raises:
+        ArgumentError: that is no version.
+
     Example:
         >>> version_key("2.3.0rc1") >= version_key("2.3"), version_key("1.13.0+cpu")
         (True, (1, 13, 0))
     """
-    import re
-
-    match = re.match(r"\d+(\.\d+)*", version)
+    match = _VERSION.fullmatch(version)
     if not match:
         raise ArgumentError("version", given=repr(version), expected="numbers with dots, such as 2.3")
-    return tuple(int(part) for part in match.group().split("."))
+    return tuple(int(part) for part in match.group(1).split("."))

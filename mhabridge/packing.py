@@ -9,6 +9,7 @@ A layout is data. Its keys in the TOML tables are:
 - ``tied``: groups of biases of which all are there or none; ``always``: biases that are always there. A bias that the
   spec does not have and the layout cannot be without is written as zeros, and on the way back it must be zero.
 - ``beside``: names that lie among the tensors and are no part of attention.
+- ``oldest``: the first version of the framework that is known; without it the layout has no versions.
 - ``versions``: keys that are different from version ``since`` on, before version ``until``.
 - ``refused``: why such tensors cannot be read rightly; the layout then serves only to recognise them.
 
@@ -20,7 +21,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -56,10 +57,10 @@ class Need:
     test: Callable[[MHASpec, Any], bool]
 
 
-_SIZES = ("q_proj_size", "k_proj_size", "v_proj_size", "out_proj_size")
+SIZES = ("q_proj_size", "k_proj_size", "v_proj_size", "out_proj_size")
 NEEDS = {
-    "all projections": Need(_SIZES, "a projection", lambda spec, size: size != 0),
-    "usual sizes": Need(_SIZES, "embed_dim features", lambda spec, size: size is None),
+    "all projections": Need(SIZES, "a projection", lambda spec, size: size != 0),
+    "usual sizes": Need(SIZES, "embed_dim features", lambda spec, size: size is None),
     "equal sizes": Need(("v_proj_size",), "the same as q_proj_size", lambda spec, size: size == spec.q_proj_size),
     "equal features": Need(("kdim", "vdim"), "embed_dim features", lambda spec, size: size is None),
 }
@@ -81,6 +82,7 @@ class Layout:
     tied: tuple[tuple[str, ...], ...] = ()
     always: tuple[str, ...] = ()
     beside: tuple[str, ...] = ()
+    oldest: str = ""
     refused: str = ""
 
     def active(self, spec: MHASpec) -> list[tuple[Tensor, dict[str, Shape]]]:
@@ -159,7 +161,8 @@ def find(name: str) -> Layout:
     """The layout of this name; "torch@1.8.1" is that of a version, "torch" that of the newest.
 
     Raises:
-        ArgumentError: there is no such layout.
+        ArgumentError: there is no such layout, or no such version of it.
+        ArgumentTypeError: that is no string.
     """
     base, version = mapping.parse_name(name)
     tables = _tables()
@@ -172,7 +175,9 @@ def find(name: str) -> Layout:
             advice=f"Did you mean {near[0]}?" if near else "A version may follow, as in torch@1.8.1.",
         )
     fields = {key: value for key, value in tables[base].items() if key != "versions"}
-    for change in tables[base].get("versions", []) if version else []:
+    if version is not None:
+        _require_known(base, version, fields.get("oldest"))
+    for change in tables[base].get("versions", []) if version is not None else []:
         if _within(str(version), change):
             fields.update({key: value for key, value in change.items() if key not in ("since", "until")})
     return _layout(name, fields)
@@ -202,13 +207,19 @@ def from_named(
 ) -> dict[str, np.ndarray]:
     """The canonical parameters in the layout's tensors under ``prefix``; they may share memory with those.
 
+    What lies beside the layer under the same prefix is left out, and said in ``notes``.
+
     Raises:
+        ArgumentTypeError: no mapping from names to arrays.
         UnsupportedError: the layout cannot hold such a layer.
         WeightsError: a tensor is missing, unexpected or of another shape, or holds what the spec has no place for.
     """
     held = layout.active(spec)
+    _require_mapping(named)
     own = {name: value for name, value in below(prefix, named).items() if name not in layout.beside}
-    check_tensors(layout, {name: _array(join(prefix, name), own[name]).shape for name in own}, spec, prefix=prefix)
+    if notes is not None:
+        notes.extend(left_beside(layout, named, prefix))
+    check_tensors(layout, {name: as_array(join(prefix, name), own[name]).shape for name in own}, spec, prefix=prefix)
     filled = layout.filled(spec)
     arrays: dict[str, np.ndarray] = {}
     for tensor, shapes in held:
@@ -261,6 +272,19 @@ def below(prefix: str, named: Mapping[str, Any]) -> dict[str, Any]:
     return {name[len(start) :]: value for name, value in named.items() if name.startswith(start)}
 
 
+def left_beside(layout: Layout, named: Iterable[str], prefix: str = "") -> list[str]:
+    """A note on the tensors that lie beside the layer, which is empty when there are none.
+
+    Example:
+        >>> left_beside(find("gpt2"), ["h.0.attn.bias", "h.0.attn.c_attn.weight"], "h.0.attn")
+        ['h.0.attn.bias: left out, since it lies beside the attention and is no part of it.']
+    """
+    there = set(named)
+    found = [path for path in (join(prefix, name) for name in layout.beside) if path in there]
+    words = "it lies beside the attention and is" if len(found) == 1 else "they lie beside the attention and are"
+    return [f"{', '.join(found)}: left out, since {words} no part of it."] if found else []
+
+
 def _tables() -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
     for owner in mapping.names():
@@ -273,6 +297,28 @@ def _within(version: str, change: Mapping[str, Any]) -> bool:
     return key(change["since"]) <= key(version) < key(change["until"])
 
 
+def _require_known(base: str, version: str, oldest: str | None) -> None:
+    if oldest is not None and mapping.version_key(version) >= mapping.version_key(oldest):
+        return
+    raise ArgumentError(
+        "layout",
+        given=f"{base}@{version}",
+        expected=f"{base}@{oldest} or newer" if oldest else f"{base}, which has no versions",
+        advice="Nothing is known about older ones." if oldest else "Leave the version away.",
+    )
+
+
+def _require_mapping(named: Any) -> None:
+    if isinstance(named, Mapping) and all(isinstance(name, str) for name in named):
+        return
+    raise ArgumentTypeError(
+        "named",
+        given=f"{type(named).__name__}" + (" with names that are no strings" if isinstance(named, Mapping) else ""),
+        expected="a mapping from names to NumPy arrays",
+        advice="The order is from_layout(layout, named, spec).",
+    )
+
+
 def _layout(name: str, fields: Mapping[str, Any]) -> Layout:
     tensors = tuple(
         Tensor(entry["name"], tuple(entry["parts"]), tuple(entry.get("steps", ())), entry.get("when", ""))
@@ -280,7 +326,15 @@ def _layout(name: str, fields: Mapping[str, Any]) -> Layout:
     )
     rest = {key: tuple(fields.get(key, ())) for key in ("needs", "always", "beside")}
     tied = tuple(map(tuple, fields.get("tied", ())))
-    return Layout(name, fields["title"], tensors, tied=tied, refused=fields.get("refused", ""), **rest)
+    return Layout(
+        name,
+        fields["title"],
+        tensors,
+        tied=tied,
+        oldest=fields.get("oldest", ""),
+        refused=fields.get("refused", ""),
+        **rest,
+    )
 
 
 def _others(spec: MHASpec, but: str) -> str:
@@ -296,7 +350,16 @@ def _holds(name: str, spec: MHASpec) -> bool:
     return all(met) and parts >= spec.parameter_shapes().keys()
 
 
-def _array(path: str, value: Any) -> np.ndarray:
+def as_array(path: str, value: Any) -> np.ndarray:
+    """The value itself, which must be a plain NumPy array.
+
+    Raises:
+        ArgumentTypeError: it is none; the message names ``path``.
+    """
+    if isinstance(value, np.ma.MaskedArray):
+        raise ArgumentTypeError(
+            path, given="a masked array", expected="a plain NumPy array", advice="Weights have no mask: fill it first."
+        )
     if isinstance(value, np.ndarray):
         return value
     raise ArgumentTypeError(

@@ -36,11 +36,13 @@ class Arithmetic:
         cast: turns an array into the working dtype.
         matmul: the product of two arrays of that dtype.
         exp: the exponential of one.
+        store: what keeping a result in that dtype does to it.
     """
 
     cast: Callable[[np.ndarray], np.ndarray]
     matmul: Matmul
     exp: Callable[[np.ndarray], np.ndarray] = np.exp
+    store: Callable[[np.ndarray], np.ndarray] = np.asarray
 
 
 FLOAT64 = Arithmetic(dtypes.to_float64, np.matmul)
@@ -181,7 +183,7 @@ def _softmax(scores: np.ndarray, fully_masked: str, arithmetic: Arithmetic) -> n
         return scores
     largest = scores.max(axis=-1, keepdims=True)
     exponentials = arithmetic.exp(scores - largest)
-    probabilities: np.ndarray = exponentials / exponentials.sum(axis=-1, keepdims=True)
+    probabilities = arithmetic.store(exponentials / exponentials.sum(axis=-1, keepdims=True))
     if fully_masked == "zero":
         dead = _fully_masked(scores)[..., None]
         probabilities = np.where(dead, np.zeros((), scores.dtype), probabilities)
@@ -284,7 +286,7 @@ def _linear_backward(
     rows = grad.reshape(-1, grad.shape[-1])
     grads[f"{name}_weight"] = matmul(rows.T, x.reshape(-1, x.shape[-1]))
     if f"{name}_bias" in parameters:
-        grads[f"{name}_bias"] = rows.sum(axis=0)
+        grads[f"{name}_bias"] = matmul(np.ones((1, len(rows)), rows.dtype), rows)[0]  # the sum over rows
     return matmul(grad, parameters[f"{name}_weight"])
 
 

@@ -142,7 +142,7 @@ class MHASpec:
         size = _integer(value, name)
         least = 0 if name.endswith("proj_size") else 1
         if size < least:
-            raise ArgumentError(name, given=str(size), expected=f"None or an integer of at least {least}")
+            raise ArgumentError(name, given=_shown(size), expected=f"None or an integer of at least {least}")
         return None if _fits(size, name) == self.embed_dim else size
 
     def _expand_bias(self, bias: bool | None) -> None:
@@ -308,6 +308,8 @@ class MHASpec:
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> MHASpec:
         """The inverse of ``to_dict``; missing fields take their defaults, unknown ones are refused."""
+        if not isinstance(fields, dict) or not all(isinstance(name, str) for name in fields):
+            raise ArgumentTypeError("spec", given=repr(fields), expected="a dictionary of fields by name")
         known = {field.name for field in dataclasses.fields(cls)} | {"bias"}
         unknown = sorted(set(fields) - known)
         if unknown:
@@ -400,8 +402,13 @@ def _integer(value: Any, name: str) -> int:
 def _positive(value: Any, name: str) -> int:
     number = _integer(value, name)
     if number < 1:
-        raise ArgumentError(name, given=str(number), expected="an integer of at least 1")
+        raise ArgumentError(name, given=_shown(number), expected="an integer of at least 1")
     return _fits(number, name)
+
+
+def _shown(number: int) -> str:
+    """Python refuses to print an integer of thousands of digits."""
+    return str(number) if abs(number) < 10**20 else "a huge integer"
 
 
 def _fits(number: int, name: str) -> int:

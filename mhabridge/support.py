@@ -87,6 +87,11 @@ EXAMPLES = {
     "fully_masked_gradient": Example(
         "gradients beside fully masked rows", call={"key_padding_mask": _DEAD, "grad_output": _GRAD}
     ),
+    "gradient_of_one_row": Example(
+        "gradients for one target position of one batch element",
+        call={"grad_output": np.ones((1, 1, 8), "float32")},
+        sizes=(1, 1, _S),
+    ),
     "empty": Example("an empty batch (N = 0)", sizes=(0, _L, _S)),
     "empty_target": Example("no target position (L = 0)", sizes=(_N, 0, _S)),
     "empty_source": Example("no source position (S = 0)", sizes=(_N, _L, 0)),

@@ -123,6 +123,7 @@ class MHAWeights:
 
         Raises:
             ArgumentError: the seed is not in [0, 2**32).
+            ArgumentTypeError: the seed is no integer, or the spec is none.
 
         Example:
             >>> spec = MHASpec(4, 2)
@@ -130,6 +131,7 @@ class MHAWeights:
             True
         """
         key = _seed(seed)
+        _require_spec(spec)
         shapes = spec.parameter_shapes()
         drawn = {name: _draw(np.random.RandomState([key, NAMES.index(name)]), name, spec, shapes) for name in shapes}
         return cls(**{name: dtypes.round_to(values, spec.dtype) for name, values in drawn.items()})
@@ -145,8 +147,9 @@ class MHAWeights:
     ) -> MHAWeights:
         """The parameters in a framework's or a checkpoint's own tensors.
 
-        Every tensor under the prefix is used, wholly, or it is an error. A bias that the layout cannot leave out and
-        the spec does not have must be zero there.
+        Every tensor under the prefix is used, wholly, or it is an error. Left out, and said in ``notes``, are only the
+        neighbours that the layout knows by name (``output.LayerNorm`` beside BERT's attention, the buffers of GPT-2's
+        causal mask), and a bias that the layout cannot be without and the spec does not have, which must be zero.
 
         Args:
             layout: a name such as "torch", "torch@1.8.1" or "hf-bert"; ``layouts.names()`` gives all.
@@ -158,6 +161,7 @@ class MHAWeights:
 
         Raises:
             ArgumentError: there is no such layout.
+            ArgumentTypeError: an argument of another type, such as two that are swapped.
             UnsupportedError: the layout cannot hold such a layer.
             WeightsError: a tensor is missing, unexpected, of another shape or dtype, or would be lost.
 
@@ -167,7 +171,9 @@ class MHAWeights:
             >>> MHAWeights.from_layout("gpt2", weights.to_layout("gpt2", spec), spec) == weights
             True
         """
-        arrays = packing.from_named(packing.find(layout), named, spec, prefix=prefix, notes=notes)
+        found = packing.find(layout)
+        _require_spec(spec)
+        arrays = packing.from_named(found, named, spec, prefix=prefix, notes=notes)
         weights = cls(**arrays)
         weights.check(spec)
         return weights
@@ -208,8 +214,10 @@ class MHAWeights:
         """Hold every parameter's presence, shape and dtype against the spec.
 
         Raises:
+            ArgumentTypeError: that is no spec.
             WeightsError: one is missing, one too many, or of another shape or dtype.
         """
+        _require_spec(spec)
         expected, arrays = spec.parameter_shapes(), self.arrays()
         for name in NAMES:
             _check_shape(name, arrays.get(name), expected.get(name))
@@ -241,7 +249,12 @@ class MHAWeights:
         """Whether both have the same parameters, bit for bit, of the same dtype.
 
         Unlike ``np.array_equal`` it tells 0.0 from -0.0, and equal NaNs are equal.
+
+        Raises:
+            ArgumentTypeError: the other is no MHAWeights.
         """
+        if not isinstance(other, MHAWeights):
+            raise ArgumentTypeError("other", given=type(other).__name__, expected="MHAWeights")
         mine, theirs = self.arrays(), other.arrays()
         return mine.keys() == theirs.keys() and all(_same_bits(mine[name], theirs[name]) for name in mine)
 
@@ -259,15 +272,14 @@ NAMES = tuple(field.name for field in dataclasses.fields(MHAWeights))
 _OTHER_NAMES = "A framework's own names are read with MHAWeights.from_layout."
 
 
+def _require_spec(spec: Any) -> None:
+    if not isinstance(spec, MHASpec):
+        raise ArgumentTypeError("spec", given=type(spec).__name__, expected="an MHASpec")
+
+
 def _own(name: str, value: Any) -> np.ndarray:
     """A read-only copy in C order and native byte order."""
-    if not isinstance(value, np.ndarray):
-        raise ArgumentTypeError(
-            name,
-            given=type(value).__name__,
-            expected="a NumPy array",
-            advice="Take a live layer apart with mhabridge.extract, or turn its tensors into arrays first.",
-        )
+    value = packing.as_array(name, value)
     if dtypes.name_of(value) not in dtypes.FLOATS:
         raise WeightsError(
             name,

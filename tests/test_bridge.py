@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from typing import Any
 
@@ -150,6 +151,25 @@ def test_another_version_than_the_one_here_is_not_built() -> None:
     with pytest.raises(BackendError, match=r"version 1\.8\.1"):
         mb.build(mb.MHASpec(16, 4), "torch@1.8.1")
     assert mb.build(mb.MHASpec(16, 4), "torch@" + torch.__version__.partition("+")[0]) is not None
+
+
+@pytest.mark.frameworks
+@pytest.mark.parametrize("first", [(2, 5, 7), (2, 2, 1)])
+def test_mindspore_gradients_are_proved_before_they_are_believed(first: tuple[int, ...]) -> None:
+    """In a fresh process: a first gradient of the user's own over one source position spoils all later ones."""
+    pytest.importorskip("mindspore", reason="MindSpore is not importable here")
+    code = f"""
+import numpy as np, mindspore as ms, mhabridge as mb
+batch, target, source = {first}
+layer = ms.nn.MultiheadAttention(8, 2)
+q, k = (ms.Tensor(np.random.randn(n, batch, 8).astype("f4")) for n in (target, source))
+ms.grad(lambda q: layer(q, k, k)[0].sum())(q)
+report = mb.diff(mb.MHASpec(16, 4), ["mindspore"], grads=True)
+print(report.ok, report.runs[0].reason)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100)
+    last = done.stdout.strip().splitlines()[-1]
+    assert last.startswith("True") if first[2] > 1 else ("False" in last and "Start a new process" in last), done.stdout
 
 
 @pytest.mark.parametrize("thing", [None, 3, "torch", np.zeros(2), object()])

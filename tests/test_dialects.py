@@ -250,5 +250,51 @@ def test_a_version_may_be_given_either_way_and_may_be_newer_than_known() -> None
     assert MHASpec(16, 4, batch_first=True).to_kwargs("torch@99.1") == {**LAYER, "batch_first": True}
 
 
+def test_a_version_that_was_not_looked_at_is_no_fact() -> None:
+    """MindSpore 2.1 has no dtype and 2.3 has one; nobody looked at 2.2."""
+    with pytest.raises(UnsupportedError, match=r"from 2\.3 on.*In MindSpore 2\.2 .*\(2\.2 has not been looked at\)"):
+        MHASpec.from_kwargs("mindspore@2.2", **LAYER, dtype="float16")
+    with pytest.raises(UnsupportedError, match=r"2\.2 has not been looked at"):
+        MHASpec(**LAYER, dtype="float16").to_kwargs("mindspore@2.2")
+    with pytest.raises(UnsupportedError) as caught:
+        MHASpec.from_kwargs("mindspore@2.1", **LAYER, dtype="float16")
+    assert "looked at" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("spoken", "version", "error", "message"),
+    [
+        ("torch", 1.8, ArgumentTypeError, "version: given float; expected a string"),
+        ("torch", 2, ArgumentTypeError, "version: given int"),
+        ("torch", "", ArgumentError, "version: given ''"),
+        ("torch", "banana", ArgumentError, "version: given 'banana'"),
+        ("torch@1.8.1@2", None, ArgumentError, r"version: given '1\.8\.1@2'"),
+        ("torch@1.8.1", "2.0", ArgumentError, "expected one version"),
+        (16, None, ArgumentTypeError, "name: given int; expected a string"),
+        (None, None, ArgumentTypeError, "name: given NoneType"),
+    ],
+)
+def test_names_and_versions_that_are_none_are_refused(
+    spoken: Any, version: Any, error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        MHASpec.from_kwargs(spoken, 16, 4, version=version)
+    with pytest.raises(error, match=message):
+        MHASpec(16, 4).to_kwargs(spoken, version=version)
+
+
+@pytest.mark.parametrize("version", ["1.8.1", "1.13.0+cpu", "2.0.0rc1", "2.0.0.dev20230101+cu118", "1.8.0a0+37c1f4a"])
+def test_real_versions_are_understood(version: str) -> None:
+    assert mapping.parse_name(f"torch@{version}") == ("torch", version)
+    assert MHASpec(16, 4).to_kwargs(f"torch@{version}") == LAYER
+
+
+@pytest.mark.parametrize("spoken", ["torch@1.8.1", "megengine", "megengine.functional"])
+def test_the_advice_on_the_axis_order_is_what_works(spoken: str) -> None:
+    first = "megengine" not in spoken
+    with pytest.raises(UnsupportedError, match=rf"replace\(batch_first={not first}\).*backend.*run, which transposes"):
+        MHASpec(**LAYER, batch_first=first).to_kwargs(spoken)
+
+
 def test_every_framework_has_a_dialect_of_its_own_name() -> None:
     assert set(mapping.FRAMEWORKS) | {mapping.REFERENCE} <= set(arguments.names())

@@ -98,6 +98,7 @@ def test_an_unknown_backend_is_a_row_that_says_so() -> None:
         ({"inputs": [1, 2]}, ArgumentTypeError, "2 arrays"),
         ({"attn_mask": np.zeros((3, 3), bool)}, ArgumentError, "attn_mask"),
         ({"dtype": "int8"}, ArgumentError, "dtype"),
+        ({"inputs": [np.zeros((0, 2, 16), "f4")] * 3}, ArgumentError, "something to compare"),
         ({"attention_mask": None}, TypeError, "attention_mask"),
     ],
 )
@@ -197,8 +198,10 @@ def test_command_exit_code_when_a_backend_cannot_be_asked() -> None:
         (["--masks", "bool+float"], "one attn_mask"),
         (["--spec", "missing.json"], "missing.json"),
         (["--weights", "missing.safetensors"], "missing.safetensors"),
-        (["--weights", "x.safetensors", "--embed-dim", "8"], "--embed-dim"),
+        (["--weights", "x.safetensors", "--no-bias"], "--no-bias"),
         (["--fully-masked", "maybe"], "maybe"),
+        (["--prefix", "encoder"], "--prefix"),
+        (["--spec", "x.json", "--embed-dim", "8", "--batch-first"], "--embed-dim, --batch-first"),
         (["--dtype", "int4"], "int4"),
     ],
 )
@@ -206,6 +209,23 @@ def test_command_says_what_is_wrong(arguments: list[str], words: str) -> None:
     result = invoke("--backends", "numpy", *arguments)
     assert isinstance(result.exception, mb.MHABridgeError)  # main() prints it and exits with 2
     assert words in str(result.exception)
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--batch", "0"], ["--target-length", "-3"], ["--seed", "-1"], ["--embed-dim", "x"]]
+)
+def test_command_refuses_numbers_out_of_range(arguments: list[str]) -> None:
+    assert invoke("--backends", "numpy", *arguments).exit_code == 2
+
+
+def test_command_reads_a_packed_vector_with_its_sizes(tmp_path: pathlib.Path) -> None:
+    spec = mb.MHASpec(8, 2, kdim=6, vdim=4, batch_first=True)
+    np.savez(tmp_path / "model.npz", **mb.MHAWeights.random(spec).to_layout("megengine", spec, prefix="attn"))
+    file = ["--weights", str(tmp_path / "model.npz"), "--prefix", "attn", "--num-heads", "2"]
+    result = invoke("--backends", "numpy", *file, "--embed-dim", "8", "--kdim", "6", "--vdim", "4", "--json")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.output)["spec"]["kdim"] == 6
+    assert isinstance(invoke("--backends", "numpy", *file).exception, mb.MHABridgeError)
 
 
 def test_command_reads_a_checkpoint(tmp_path: pathlib.Path) -> None:

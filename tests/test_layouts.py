@@ -325,7 +325,11 @@ def test_names_beside_the_layer_are_left_alone():
     spec = mb.MHASpec(4, 2)
     weights = counted(spec)
     named = {**weights.to_layout("gpt2", spec), "bias": np.zeros((1, 1, 5, 5)), "masked_bias": np.zeros(())}
-    assert mb.MHAWeights.from_layout("gpt2", named, spec) == weights
+    notes = []
+    assert mb.MHAWeights.from_layout("gpt2", named, spec, notes=notes) == weights
+    said = "bias, masked_bias: left out, since they lie beside the attention and are no part of it."
+    assert notes == [said]
+    assert layouts.recognise({name: array.shape for name, array in named.items()}).notes == (said,)
 
 
 @pytest.mark.parametrize(
@@ -357,6 +361,52 @@ def test_unknown_layouts_and_values_that_are_no_arrays():
     named = {**mb.MHAWeights.random(spec).to_layout("torch", spec), "in_proj_bias": [0.0] * 12}
     with pytest.raises(mb.ArgumentTypeError, match="in_proj_bias: given list"):
         mb.MHAWeights.from_layout("torch", named, spec)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("torch@0.4", "given torch@0.4; expected torch@1.5 or newer"),
+        ("mindspore@0.1", "given mindspore@0.1; expected mindspore@2.0 or newer"),
+        ("megengine.functional@1.12", "expected megengine.functional@1.13 or newer"),
+        ("hf-bert@99", "given hf-bert@99; expected hf-bert, which has no versions"),
+        ("gpt2@banana", "given 'banana'; expected numbers with dots"),
+        ("torch@1.8.1@2", "given '1.8.1@2'; expected numbers with dots"),
+        ("torch@", "expected a name, or name@version"),
+    ],
+)
+def test_versions_that_a_layout_does_not_have_are_refused(name, message):
+    spec = mb.MHASpec(4, 2)
+    with pytest.raises(mb.ArgumentError, match=message):
+        mb.MHAWeights.random(spec).to_layout(name, spec)
+
+
+def test_arguments_of_the_wrong_kind_are_our_errors():
+    spec = mb.MHASpec(4, 2)
+    weights = mb.MHAWeights.random(spec)
+    named = weights.to_layout("torch", spec)
+    for call, message in [
+        (lambda: mb.MHAWeights.from_layout(named, "torch", spec), "name: given dict; expected a string"),
+        (lambda: mb.MHAWeights.from_layout("torch", [1], spec), "named: given list; expected a mapping"),
+        (lambda: mb.MHAWeights.from_layout("torch", None, spec), "named: given NoneType"),
+        (lambda: mb.MHAWeights.from_layout("torch", {1: named}, spec), "names that are no strings"),
+        (lambda: mb.MHAWeights.from_layout("torch", named, None), "spec: given NoneType"),
+        (lambda: weights.to_layout(spec, "torch"), "name: given MHASpec; expected a string"),
+        (lambda: weights.to_layout("torch", {"embed_dim": 4}), "spec: given dict"),
+        (lambda: mb.MHAWeights.random(8), "spec: given int"),
+    ]:
+        with pytest.raises(mb.ArgumentTypeError, match=message):
+            call()
+
+
+def test_a_masked_array_does_not_lose_its_mask():
+    spec = mb.MHASpec(4, 2)
+    named = mb.MHAWeights.random(spec).to_layout("torch", spec, prefix="a")
+    named["a.out_proj.weight"] = np.ma.masked_array(named["a.out_proj.weight"], mask=True)
+    with pytest.raises(mb.ArgumentTypeError, match=r"a\.out_proj\.weight: given a masked array"):
+        mb.MHAWeights.from_layout("torch", named, spec, prefix="a")
+    with pytest.raises(mb.ArgumentTypeError, match="q_weight: given a masked array"):
+        mb.MHAWeights(q_weight=named["a.out_proj.weight"])
 
 
 # -- recognition -----------------------------------------------------------------------------------------------------
@@ -431,22 +481,88 @@ def test_the_key_bias_tells_whisper_from_bart():
 
 
 def test_a_vector_of_usual_sizes_is_read_and_said():
-    found = layouts.recognise({"a.io_weight_bias": (1, 288)}, "a")
-    assert found.facts == {"embed_dim": 8, "bias": True}
+    found = layouts.recognise({"a.io_weight_bias": (1, 288)}, "a", **USUAL)
+    assert found.facts == {"embed_dim": 8, "bias": True, **USUAL}
     assert found.notes == (
-        "a.io_weight_bias: 288 numbers, read as embed_dim=8, bias=True with kdim and vdim as usual.",
+        "a.io_weight_bias: 288 numbers, read in the layout megengine as embed_dim=8, bias=True "
+        "for the given kdim=None, vdim=None. megengine.functional packs other layers under the same name.",
     )
-    assert layouts.recognise({"io_weight_bias": (1, 256)}).facts == {"embed_dim": 8, "bias": False}
+    assert layouts.recognise({"io_weight_bias": (1, 256)}, **USUAL).facts == {"embed_dim": 8, "bias": False, **USUAL}
 
 
-def test_a_vector_of_other_sizes_is_refused_with_its_readings_unless_they_are_given():
+USUAL = {"kdim": None, "vdim": None}
+
+
+@pytest.mark.parametrize("known", [{}, {"embed_dim": 4}, {"embed_dim": 4, "bias": True}, {"embed_dim": 4, "kdim": 6}])
+def test_a_vector_with_several_readings_is_refused_with_them_listed(known):
+    """80 numbers: kdim=4 and vdim=4, kdim=6 and vdim=2, ..., or no biases and kdim + vdim = 12."""
+    shapes = layouts.find("megengine").shapes(mb.MHASpec(4, 2, kdim=6, vdim=2))
+    assert shapes == {"io_weight_bias": (1, 80)}
+    found = layouts.recognise(shapes, **known)
+    assert found.facts == {}
+    listed = (
+        "kdim=6, vdim=2, bias=True; or .*bias=False" if "kdim" in known else "bias=True, kdim . vdim = 8 .usual: 4 each"
+    )
+    with pytest.raises(mb.ArgumentError, match=f"io_weight_bias with 80 numbers.*embed_dim=4, {listed}"):
+        layouts.spec_from_shapes("megengine", shapes, 2, **known)
+    assert "80 numbers" in found.notes[0]
+
+
+@settings(max_examples=200, deadline=None)
+@given(spec=specs(exotic=False), given_fields=st.sets(st.sampled_from(("embed_dim", "kdim", "vdim", "bias"))))
+def test_a_vector_is_read_rightly_or_not_at_all(spec, given_fields):
+    spec = spec.replace(bias=spec.q_bias, dtype="float32")
+    shapes, notes = layouts.find("megengine").shapes(spec), []
+    known = {name: getattr(spec, name) for name in given_fields}
+    if not layouts.recognise(shapes, num_heads=spec.num_heads, **known).facts:
+        with pytest.raises(mb.ArgumentError, match=f"could be .*embed_dim={spec.embed_dim}|more"):
+            layouts.spec_from_shapes("megengine", shapes, spec.num_heads, **known)
+        return
+    read = layouts.spec_from_shapes("megengine", shapes, spec.num_heads, notes=notes, **known)
+    assert read == spec
+    assert len(notes) == 1
+    for name in {"embed_dim", "bias"} - given_fields:
+        assert f"{name}={getattr(spec, name)}" in notes[0].split(" for the given ")[0]
+
+
+def test_facts_that_leave_one_reading_are_enough():
+    spec = mb.MHASpec(4, 2, kdim=6, vdim=2)
+    shapes, notes = layouts.find("megengine").shapes(spec), []
+    known = {"embed_dim": 4, "kdim": 6, "bias": True}
+    assert layouts.spec_from_shapes("megengine", shapes, 2, notes=notes, **known) == spec
+    assert "as vdim=2 for the given embed_dim=4, kdim=6, bias=True" in notes[0]
+    notes.clear()
+    assert layouts.spec_from_shapes("megengine", shapes, 2, notes=notes, vdim=2, **known) == spec
+    assert "all of it given" in notes[0]
+    with pytest.raises(mb.ArgumentError, match="no layer of that"):
+        layouts.spec_from_shapes("megengine", shapes, 2, embed_dim=4, kdim=6, vdim=5)
+    assert layouts.recognise(shapes, embed_dim=4, kdim=6, vdim=5).facts == {}
+
+
+def test_the_functions_vector_is_recognised_by_what_only_it_can_hold():
+    sizes = {"q_proj_size": 2, "k_proj_size": 2, "v_proj_size": 6, "out_proj_size": None}
+    spec = mb.MHASpec(4, 2, bias=False, **sizes)
+    shapes, notes = layouts.find("megengine.functional").shapes(spec), []
+    assert shapes == {"io_weight_bias": (1, 64)}  # as long as the module's with embed_dim=4 and no biases
+    known = {"embed_dim": 4, "bias": False, **USUAL, **sizes}
+    assert layouts.recognise(shapes).facts == {}
+    assert "megengine.functional" in layouts.recognise(shapes, **USUAL).notes[0]
+    assert layouts.recognise(shapes, **known).layout == "megengine.functional"
+    assert layouts.spec_from_shapes("megengine.functional", shapes, 2, notes=notes, **known) == spec
+    with pytest.raises(mb.ArgumentError, match="any out_proj_size"):
+        layouts.spec_from_shapes("megengine.functional", shapes, 2, **{k: v for k, v in known.items() if k[0] != "o"})
+    assert layouts.recognise({"io_weight_bias": (1, 3)}).layout == "megengine.functional"
+
+
+def test_what_is_known_has_to_be_a_field():
+    for call in (layouts.recognise, lambda shapes, **known: layouts.spec_from_shapes("torch", shapes, 2, **known)):
+        with pytest.raises(mb.ArgumentTypeError, match="foo: given no field of MHASpec"):
+            call(layouts.find("torch").shapes(mb.MHASpec(8, 2)), foo=1)
+
+
+def test_a_vector_with_everything_given():
     spec = mb.MHASpec(4, 2, kdim=6, vdim=6)
     shapes = layouts.find("megengine").shapes(spec)
-    assert layouts.recognise(shapes).facts == {}
-    with pytest.raises(mb.ArgumentError, match=r"embed_dim=4, bias=True, kdim=vdim=6"):
-        layouts.spec_from_shapes("megengine", shapes, 2)
-    with pytest.raises(mb.ArgumentError, match=r"could be embed_dim=4, bias=True, kdim=vdim=6; or"):
-        layouts.recognise(shapes, embed_dim=4)
     assert layouts.spec_from_shapes("megengine", shapes, 2, embed_dim=4, kdim=6, vdim=6) == spec
     with pytest.raises(mb.ArgumentError, match="bias=False"):
         layouts.spec_from_shapes("megengine", shapes, 2, embed_dim=4, kdim=6, vdim=6, bias=False)

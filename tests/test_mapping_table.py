@@ -87,6 +87,27 @@ def test_entries_are_complete(name: str) -> None:
         assert fixed.tensor is None or fixed.tensor in names
 
 
+@pytest.mark.parametrize("name", VERSIONS)
+def test_rules_for_two_masks_are_about_kinds_that_are_taken(name: str) -> None:
+    spoken = arguments.dialect(name)
+    if spoken.masks_together is not None:
+        rule = spoken.masks_together
+        masks = [spoken.argument_for(field) for field in ("key_padding_mask", "attn_mask")]
+        kinds = [kind for group in rule.kinds for kind in group]
+        assert sorted(kinds) == sorted({kind for mask in masks for kind in mask.dtypes})
+        assert rule.reason
+        assert rule.advice
+
+
+@pytest.mark.parametrize(
+    ("version", "words"),
+    [("2.0", "NaN (measured"), ("2.1", "not measured"), ("2.9", "not measured"), ("2.10", "uninitialised memory in")],
+)
+def test_only_what_was_measured_is_said_to_be(version: str, words: str) -> None:
+    said = {entry.topic: entry.text for entry in arguments.dialect(f"mindspore@{version}").behaviour}
+    assert said["Fully masked rows"].startswith(words)
+
+
 @pytest.mark.parametrize("operation", list(dialects.OPERATIONS))
 def test_every_operation_is_used_by_a_table(operation: str) -> None:
     used = {entry.operation for name in VERSIONS for entry in arguments.dialect(name).arguments}

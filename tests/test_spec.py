@@ -75,6 +75,7 @@ def test_no_projection_has_no_bias() -> None:
         ({"embed_dim": 8, "num_heads": 2, "dropout": 10**400}, ArgumentError, "finite"),
         ({"embed_dim": 10**400, "num_heads": 2}, ArgumentError, r"2\*\*31"),
         ({"embed_dim": 8, "num_heads": 2, "kdim": 2**31}, ArgumentError, r"2\*\*31"),
+        ({"embed_dim": 8, "num_heads": 2, "kdim": -(10**9000)}, ArgumentError, "huge"),
     ],
 )
 def test_what_cannot_be_is_refused_by_name(fields: dict[str, Any], error: type[Exception], words: str) -> None:
@@ -108,6 +109,12 @@ def test_numpy_integers_and_dtypes_are_welcome() -> None:
 def test_json_that_is_no_spec_is_refused(text: Any, words: str) -> None:
     with pytest.raises((ArgumentError, ArgumentTypeError), match=words):
         MHASpec.from_json(text)
+
+
+@pytest.mark.parametrize("fields", [None, [], {1: 2}, "x"])
+def test_fields_must_be_a_dictionary(fields: Any) -> None:
+    with pytest.raises(ArgumentTypeError, match="dictionary"):
+        MHASpec.from_dict(fields)
 
 
 @st.composite

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from itertools import permutations
 from typing import Any
 
@@ -121,6 +122,114 @@ def test_a_mask_that_the_target_would_misread_is_refused(target: str, name: str,
     else:
         with pytest.raises(UnsupportedError, match=f"{name}: given a {dtype.rstrip('0123456789') or dtype}"):
             translate("numpy", target, **{name: mask})
+
+
+KINDS = {"bool": "bool", "uint8": "uint8", "float": "float32"}
+
+
+@pytest.mark.parametrize(("padding", "attn"), [("bool", "float"), ("float", "bool"), ("float", "uint8")])
+@pytest.mark.parametrize("target", ["mindspore", "mindspore@2.0", "mindspore@2.12"])
+def test_masks_that_mindspore_misreads_together_are_refused(target: str, padding: str, attn: str) -> None:
+    masks = {"key_padding_mask": np.zeros((1, 3), KINDS[padding]), "attn_mask": np.zeros((3, 3), KINDS[attn])}
+    with pytest.raises(UnsupportedError) as caught:
+        translate("numpy", target, **masks)
+    assert caught.value.subject == "key_padding_mask, attn_mask"
+    assert caught.value.given.startswith(f"a {padding} key_padding_mask with a {attn} attn_mask for MindSpore")
+    assert "both bool or uint8, or both float" in caught.value.expected
+    assert "Give both as float" in caught.value.advice
+    for name, mask in masks.items():
+        assert translate("numpy", target, **{name: mask})[name] is mask
+
+
+@pytest.mark.parametrize(("padding", "attn"), [("bool", "float"), ("float", "bool")])
+@pytest.mark.parametrize("target", ["torch", "megengine", "megengine.functional", "numpy"])
+def test_mixed_masks_go_where_each_keeps_its_meaning(target: str, padding: str, attn: str) -> None:
+    masks = {"key_padding_mask": np.zeros((1, 3), KINDS[padding]), "attn_mask": np.zeros((3, 3), KINDS[attn])}
+    arrived = translate("mindspore", target, **masks)
+    assert all(arrived[name] is mask for name, mask in masks.items())
+
+
+BLOCKED = {
+    "key_padding_mask": np.array([[0, 0, 1], [0, 1, 1]], bool),
+    "attn_mask": np.triu(np.ones((3, 3), bool), 1),
+}
+
+
+NATIVE = mb.MHASpec(8, 2, batch_first=True)
+
+
+@pytest.fixture(scope="module")
+def layers() -> dict[str, Any]:
+    for name in ("torch", "mindspore"):
+        pytest.importorskip(name, reason=f"{name} is not installed here")
+    weights = mb.MHAWeights.random(NATIVE)
+    built = {name: mb.build(NATIVE, name, weights, mode="native") for name in ("torch", "mindspore")}
+    built["torch"].eval()
+    return built
+
+
+@pytest.mark.frameworks
+class TestNative:
+    """Translated calls with masks, on the native layers of PyTorch and MindSpore, for the same weights."""
+
+    def masks(self, kinds: dict[str, str]) -> dict[str, np.ndarray]:
+        stream = np.random.RandomState(0)
+        floats = {name: stream.standard_normal(mask.shape).astype("float32") for name, mask in BLOCKED.items()}
+        return {
+            name: floats[name] if kind == "float" else BLOCKED[name].astype(KINDS[kind]) for name, kind in kinds.items()
+        }
+
+    def difference(self, layers: dict[str, Any], masks: dict[str, np.ndarray], translated: bool = True) -> float:
+        """The largest difference of the two layers' outputs for the same call, as translated from PyTorch's."""
+        import mindspore
+        import torch
+
+        query = np.random.RandomState(1).standard_normal((2, 3, 8)).astype("float32")
+        kwargs: dict[str, Any] = {name: torch.from_numpy(mask) for name, mask in masks.items()}
+        there = dict(mb.translate_call("torch", "mindspore", ("q", "k", "v"), kwargs)[1] if translated else kwargs)
+        there = {name: mindspore.Tensor(value.numpy()) for name, value in there.items()}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # PyTorch announces the end of masks of two kinds
+            mine = layers["torch"](*[torch.from_numpy(query)] * 3, **kwargs)[0].detach().numpy()
+        theirs = layers["mindspore"](*[mindspore.Tensor(query)] * 3, **there)[0].asnumpy()
+        return float(np.max(np.abs(mine - theirs)))
+
+    @pytest.mark.parametrize(
+        "kinds",
+        [
+            {"key_padding_mask": "bool"},
+            {"key_padding_mask": "float"},
+            {"attn_mask": "bool"},
+            {"attn_mask": "float"},
+            {"key_padding_mask": "bool", "attn_mask": "bool"},
+            {"key_padding_mask": "float", "attn_mask": "float"},
+        ],
+        ids=str,
+    )
+    def test_what_is_translated_means_the_same(self, layers: dict[str, Any], kinds: dict[str, str]) -> None:
+        assert self.difference(layers, self.masks(kinds)) < 1e-5
+
+    @pytest.mark.parametrize("padding", ["bool", "float"])
+    def test_what_is_refused_would_mean_something_else(self, layers: dict[str, Any], padding: str) -> None:
+        other = "float" if padding == "bool" else "bool"
+        masks = self.masks({"key_padding_mask": padding, "attn_mask": other})
+        with pytest.raises(UnsupportedError, match="key_padding_mask, attn_mask"):
+            self.difference(layers, masks)
+        assert not self.difference(layers, masks, translated=False) < 1e-2  # NaN is one of the answers
+
+    def test_a_byte_mask_beside_a_bool_one_is_read_rightly(self, layers: dict[str, Any]) -> None:
+        """PyTorch 2 has no byte masks, so the call is that of 1.8.1."""
+        import mindspore
+
+        masks = self.masks({"key_padding_mask": "bool", "attn_mask": "uint8"})
+        masks["attn_mask"] *= 7
+        arrived = mb.translate_call("torch@1.8.1", "mindspore", ("q", "k", "v"), masks)[1]
+        assert arrived["attn_mask"].dtype == np.uint8
+        query = mindspore.Tensor(np.random.RandomState(1).standard_normal((2, 3, 8)).astype("float32"))
+        given = {name: mindspore.Tensor(arrived[name]) for name in masks}
+        plain = {name: mindspore.Tensor(mask) for name, mask in BLOCKED.items()}
+        outputs = [layers["mindspore"](query, query, query, **kwargs)[0].asnumpy() for kwargs in (given, plain)]
+        assert np.abs(outputs[0] - outputs[1]).max() < 1e-6
 
 
 def test_a_hint_goes_to_a_hint_and_to_the_canonical_flag() -> None:

@@ -65,6 +65,13 @@ def test_the_dtype_is_kept(dtype):
     assert {dtypes.name_of(array) for array in weights.to_layout("megengine", spec).values()} == {dtype}
 
 
+@pytest.mark.parametrize("other", [None, {}, 1.0])
+def test_equals_wants_weights(other):
+    with pytest.raises(mb.ArgumentTypeError, match=r"other: given \w+; expected MHAWeights"):
+        identity().equals(other)
+    assert identity() != other
+
+
 def test_foreign_byte_order_is_the_same_numbers():
     big = np.arange(64, dtype=">f4").reshape(8, 8)
     assert identity(q_weight=big).equals(identity(q_weight=big.astype("float32")))

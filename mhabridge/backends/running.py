@@ -16,7 +16,7 @@ import numpy as np
 
 from mhabridge import dtypes, mapping, masks
 from mhabridge.calls import Call, Result
-from mhabridge.errors import ArgumentError, ArgumentTypeError, BackendError, UnsupportedError
+from mhabridge.errors import ArgumentError, ArgumentTypeError, BackendError, MHABridgeError, UnsupportedError
 from mhabridge.spec import MHASpec
 from mhabridge.weights import MHAWeights
 
@@ -77,7 +77,17 @@ def run_on(
         "weights": {name: dtypes.to_words(array) for name, array in weights.arrays().items()},
         "call": _words(prepared.call.to_tree()),
     }
-    answer = backend.call("run", payload, timeout=timeout)
+    try:
+        answer = backend.call("run", payload, timeout=timeout)
+    except MHABridgeError:
+        raise
+    except Exception as error:  # a framework in this process raises its own; a worker's arrives as a BackendError
+        raise BackendError(
+            backend.info.name,
+            given=f"{type(error).__name__}: {error}",
+            expected="an answer",
+            advice="The framework refused a call that mhabridge took to be fine; please report it.",
+        ) from error
     return finish(prepared, Result.from_tree(answer), backend.info.name)
 
 

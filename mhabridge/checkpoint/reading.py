@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import struct
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -18,7 +19,7 @@ import ml_dtypes  # noqa: F401  (names bfloat16 for NumPy, which safetensors nee
 import numpy as np
 
 from mhabridge import dtypes
-from mhabridge.errors import CheckpointError
+from mhabridge.errors import ArgumentTypeError, CheckpointError
 
 _NPY: Any = np.lib.format  # not annotated in NumPy 1
 
@@ -76,6 +77,7 @@ def open_tensors(path: str | os.PathLike[str]) -> TensorFile:
     """Open a checkpoint: ``.safetensors`` or ``.npz``.
 
     Raises:
+        ArgumentTypeError: that is no path.
         CheckpointError: the file is missing, damaged, not what its name says, or of a kind that is not read.
 
     Example:
@@ -86,6 +88,8 @@ def open_tensors(path: str | os.PathLike[str]) -> TensorFile:
         ...     print(tensors.shapes, tensors.dtype_names, tensors["q_weight"][0])
         {'q_weight': (2, 2)} {'q_weight': 'float32'} [1. 0.]
     """
+    if not isinstance(path, (str, os.PathLike)):
+        raise ArgumentTypeError("path", given=repr(path), expected="a path: a string or a pathlib.Path")
     file = Path(path)
     opener = _OPENERS.get(file.suffix.lower())
     if opener is None:
@@ -96,7 +100,7 @@ def open_tensors(path: str | os.PathLike[str]) -> TensorFile:
             advice="Save the tensors with safetensors, from the framework that wrote the file.",
         )
     if not file.is_file():
-        what = "a folder" if file.is_dir() else "nothing there"
+        what = "a folder" if file.is_dir() else "no regular file" if file.exists() else "nothing there"
         raise CheckpointError(str(file), given=what, expected="a checkpoint file", advice="Check the path.")
     with _explained(file):
         return opener(file)
@@ -116,18 +120,30 @@ def _open_safetensors(file: Path) -> TensorFile:
         file,
         {name: tuple(found.get_shape()) for name, found in slices.items()},
         {name: _SAFETENSORS_DTYPES.get(found.get_dtype(), found.get_dtype()) for name, found in slices.items()},
-        tensors.get_tensor,
+        lambda name: _safetensors_array(file, tensors, slices, name),
         stack.close,
     )
+
+
+def _safetensors_array(file: Path, tensors: Any, slices: dict[str, Any], name: str) -> np.ndarray:
+    dtype = slices[name].get_dtype()
+    if dtype not in _SAFETENSORS_DTYPES:
+        raise CheckpointError(
+            f"{file}: {name}",
+            given=f"dtype {dtype}, which NumPy does not have",
+            expected="one of " + ", ".join(_SAFETENSORS_DTYPES),
+            advice="Quantised weights have to be dequantised first, by the library that wrote them.",
+        )
+    array: np.ndarray = tensors.get_tensor(name)
+    return array
 
 
 def _open_npz(file: Path) -> TensorFile:
     with contextlib.ExitStack() as stack:
         archive = stack.enter_context(zipfile.ZipFile(file))
-        members = {name[: -len(".npy")]: name for name in archive.namelist() if name.endswith(".npy")}
-        if len(members) != len(archive.namelist()):
-            raise ValueError("two members have the same name, or one is no .npy")
-        headers = {name: _npy_header(archive, member) for name, member in members.items()}
+        members = _npy_members(archive, file)
+        size = file.stat().st_size
+        headers = {name: _npy_header(archive, member, size) for name, member in members.items()}
         close = stack.pop_all().close
     return TensorFile(
         file,
@@ -138,15 +154,48 @@ def _open_npz(file: Path) -> TensorFile:
     )
 
 
-def _npy_header(archive: zipfile.ZipFile, member: str) -> tuple[tuple[int, ...], np.dtype[Any]]:
+def _npy_members(archive: zipfile.ZipFile, file: Path) -> dict[str, str]:
+    """The members of an archive by their tensors' names."""
+    listed = archive.namelist()
+    promised = _promised_members(archive, file)
+    if len(listed) != promised:
+        raise ValueError(f"{len(listed)} members are listed, and {promised} promised")
+    strange = [name for name in listed if not name.endswith(".npy")]
+    if strange:
+        raise ValueError(f"{', '.join(map(repr, strange[:8]))} in the archive, which is no .npy")
+    if len(set(listed)) != len(listed):
+        twice = sorted({name for name in listed if listed.count(name) > 1})
+        raise ValueError(f"two members have the same name: {', '.join(map(repr, twice[:8]))}")
+    return {name[: -len(".npy")]: name for name in listed}
+
+
+def _promised_members(archive: zipfile.ZipFile, file: Path) -> int:
+    """How many members the archive's last record promises.
+
+    zipfile does not look: one wrong bit in the length of a member's comment makes it skip those that follow.
+    """
+    with file.open("rb") as stream:
+        stream.seek(-_END.size - len(archive.comment), os.SEEK_END)
+        mark, _, _, _, count, *_ = _END.unpack(stream.read(_END.size))
+    if mark != b"PK\x05\x06":
+        raise ValueError("the archive goes on after its end")
+    return len(archive.namelist()) if count == _IN_ZIP64 else int(count)
+
+
+def _npy_header(archive: zipfile.ZipFile, member: str, archive_size: int) -> tuple[tuple[int, ...], np.dtype[Any]]:
     """Shape and dtype of one member, without its numbers."""
+    packed = archive.getinfo(member)
+    if packed.compress_size > archive_size or packed.file_size > _DEFLATE_LIMIT * packed.compress_size:
+        raise ValueError(f"{member} claims {packed.file_size} bytes, more than can be in the archive")
     with archive.open(member) as stream:
         version = _NPY.read_magic(stream)
         readers = {(1, 0): _NPY.read_array_header_1_0, (2, 0): _NPY.read_array_header_2_0}
         if version not in readers:
             raise ValueError(f"{member} is of .npy version {version}")
         shape, _, dtype = readers[version](stream)
-        size = archive.getinfo(member).file_size - stream.tell()
+        size = packed.file_size - stream.tell()
+    if any(type(length) is not int or length < 0 for length in shape):
+        raise ValueError(f"{member} has the shape {shape}")
     if dtype.hasobject:
         raise ValueError(f"{member} holds Python objects, which would have to be unpickled")
     if dtype.kind == "V" and dtype != dtypes.BFLOAT16_WORDS:
@@ -163,6 +212,9 @@ def _npy_array(archive: zipfile.ZipFile, member: str) -> np.ndarray:
 
 
 _OPENERS: dict[str, Callable[[Path], TensorFile]] = {".safetensors": _open_safetensors, ".npz": _open_npz}
+_END = struct.Struct("<4s4H2LH")  # end of central directory (APPNOTE.TXT 4.3.16); the second number is the count
+_IN_ZIP64 = 0xFFFF  # then the count is in another record
+_DEFLATE_LIMIT = 1032  # deflate makes nothing smaller than by this factor (https://zlib.net/zlib_tech.html)
 _SAFETENSORS_DTYPES = {
     "F16": "float16",
     "BF16": "bfloat16",

@@ -24,6 +24,9 @@ Examples:
 """
 
 
+POSITIVE = click.IntRange(1)
+
+
 @click.command(epilog=EXAMPLES)
 @click.option("--backends", default=",".join(FRAMEWORKS), show_default=True, help="Names, joined by commas.")
 @click.option("--embed-dim", type=int, help="E.  [default: 64]")
@@ -50,10 +53,16 @@ Examples:
 @click.option("--no-weights", is_flag=True, help="Do not ask for the attention weights.")
 @click.option("--per-head", is_flag=True, help="Compare the weights of each head, not their average.")
 @click.option("--grads", is_flag=True, help="Also compare gradients.")
-@click.option("--batch", default=2, show_default=True, help="N.")
-@click.option("--target-length", default=5, show_default=True, help="L.")
-@click.option("--source-length", default=7, show_default=True, help="S.")
-@click.option("--seed", default=0, show_default=True, help="For random weights, inputs and masks.")
+@click.option("--batch", type=POSITIVE, default=2, show_default=True, help="N.")
+@click.option("--target-length", type=POSITIVE, default=5, show_default=True, help="L.")
+@click.option("--source-length", type=POSITIVE, default=7, show_default=True, help="S.")
+@click.option(
+    "--seed",
+    type=click.IntRange(0, 2**32 - 1),
+    default=0,
+    show_default=True,
+    help="For random weights, inputs and masks.",
+)
 @click.option("--timeout", type=float, help="Seconds that a backend may take.")
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
 def command(**options: Any) -> None:
@@ -93,7 +102,9 @@ def _layer(options: dict[str, Any]) -> tuple[MHASpec, MHAWeights | None, list[st
 
     if options["weights_file"]:
         return _from_checkpoint(options)
+    _refuse_together("without --weights", options, ("prefix", "layout"))
     if options["spec_file"]:
+        _refuse_together("together with --spec, which says it all", options, (*_FIELDS, "num_heads", "batch_first"))
         spec = MHASpec.from_json(_read(options["spec_file"]))
     else:
         names = ("kdim", "vdim", "add_bias_kv", "add_zero_attn", "batch_first")
@@ -108,25 +119,29 @@ def _layer(options: dict[str, Any]) -> tuple[MHASpec, MHAWeights | None, list[st
 
 def _from_checkpoint(options: dict[str, Any]) -> tuple[MHASpec, MHAWeights | None, list[str]]:
     from mhabridge.checkpoint import read_attention
-    from mhabridge.errors import ArgumentError
 
-    given = ("embed_dim", "kdim", "vdim", "no_bias", "add_bias_kv", "add_zero_attn", "spec_file")
-    clash = [f"--{name.replace('_', '-')}" for name in given if options[name]]
-    if clash:
-        raise ArgumentError(
-            ", ".join(clash),
-            given="together with --weights",
-            expected="only one of the two",
-            advice="The file says it.",
-        )
-    spec, weights, notes = read_attention(
-        options["weights_file"], options["prefix"], num_heads=options["num_heads"], layout=options["layout"]
-    )
+    flags = ("no_bias", "add_bias_kv", "add_zero_attn", "spec_file")
+    _refuse_together("together with --weights, which says it", options, flags)
+    # Sizes that a packed vector's length does not say; for other layouts they must agree with the file.
+    known = {name: options[name] for name in ("embed_dim", "kdim", "vdim") if options[name] is not None}
+    heads, layout = options["num_heads"], options["layout"]
+    spec, weights, notes = read_attention(options["weights_file"], options["prefix"], heads, layout, **known)
     spec = spec.replace(batch_first=options["batch_first"])
     if options["dtype"]:
         spec = spec.replace(dtype=options["dtype"])
         weights = weights.astype(options["dtype"])
     return spec, weights, list(notes)
+
+
+_FIELDS = ("embed_dim", "kdim", "vdim", "no_bias", "add_bias_kv", "add_zero_attn")
+
+
+def _refuse_together(given: str, options: dict[str, Any], names: tuple[str, ...]) -> None:
+    from mhabridge.errors import ArgumentError
+
+    clash = [f"--{name.removesuffix('_file').replace('_', '-')}" for name in names if options[name]]
+    if clash:
+        raise ArgumentError(", ".join(clash), given=given, expected="one or the other", advice="Leave it away.")
 
 
 def _read(path: str) -> str:

@@ -62,6 +62,8 @@ def diff(
         call.update(_random_grads(spec, weights, arrays, call, seed))
     prepared = prepare(spec, weights, *arrays, **call)
     exact = named(restore(prepared, reference.attend(spec, weights, prepared.call)))
+    if not exact["output"].size:
+        raise ArgumentError("inputs", given="no output element (N or L is 0)", expected="something to compare")
     runs, answers = [], {}
     for name in names:
         run, result = _run(name, spec, weights, arrays, call, timeout)
