@@ -88,6 +88,25 @@ def test_a_sick_python_is_found(tmp_path: Path, text: str | None, problem: str) 
     assert [row["needed"] for row in json.loads(done.output)] == [False, True]
 
 
+@pytest.mark.parametrize("name", ["torch", "torch@2.13.0"])
+def test_it_examines_the_entry_that_it_lists(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Not a framework of the same name that is importable here."""
+    monkeypatch.setattr(doctor, "backends", lambda probe: [i for i in backends(probe) if i.name == name])
+    settings.register(Entry(name, "torch", script(tmp_path / "python", "exit 3")))
+    finding = examined(name)
+    assert not finding.info.ok
+    assert finding.needed
+    assert "exit status 3" in finding.info.reason
+
+
+def test_an_entry_that_is_removed_meanwhile_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings.register(Entry("gone", "numpy", sys.executable))
+    listed = [info for info in backends(probe=False) if info.name == "gone"]
+    settings.unregister("gone")
+    monkeypatch.setattr(doctor, "backends", lambda probe: listed)
+    assert "removed meanwhile" in examined("gone").info.reason
+
+
 def test_a_framework_that_is_not_installed_is_no_fault(monkeypatch: pytest.MonkeyPatch) -> None:
     found = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "megengine" else found(name))

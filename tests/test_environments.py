@@ -108,6 +108,8 @@ def test_add_checks_by_starting_a_worker() -> None:
         ("mine", sys.executable, {}, "--framework"),
         ("mine", sys.executable, {"framework": "tensorflow"}, "tensorflow"),
         ("../mine", sys.executable, {"framework": "numpy"}, "'../mine'"),
+        ("numpy", sys.executable, {}, "the reference in this process"),
+        ("torch", sys.executable, {"framework": "numpy"}, "a name that does not mean torch"),
         ("mine", sys.executable, {"framework": "numpy", "ssh": "-oProxyCommand=true"}, "host or user@host"),
     ],
 )
@@ -116,6 +118,26 @@ def test_nothing_is_added_when_anything_is_wrong(name: str, python: str, options
         environments.add(name, python, **options)
     assert problem in str(raised.value)
     assert settings.entries() == []
+
+
+def test_adding_again_replaces_the_worker_that_runs_what_was_there_before() -> None:
+    environments.add("mine", sys.executable, framework="numpy")
+    held = backend("mine")
+    before = held.call("describe", {})["pid"]
+    environments.add("mine", sys.executable, framework="numpy")
+    assert held.call("describe", {})["pid"] != before
+    assert backend("mine").call("describe", {})["pid"] != before
+    environments.remove("mine")
+
+
+@pytest.mark.parametrize("place", ["a_file", "a_file/below"])
+def test_settings_that_cannot_be_written_are_a_clear_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    (tmp_path / "a_file").write_text("", encoding="utf-8")
+    monkeypatch.setenv("MHABRIDGE_HOME", str(tmp_path / place))
+    with pytest.raises(BackendError, match="a_file"):
+        environments.add("mine", sys.executable, framework="numpy")
 
 
 # -- install -----------------------------------------------------------------------------------------------------------

@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 
 from mhabridge import mapping
-from mhabridge.backends import backend, backends, registry, settings
+from mhabridge.backends import BackendInfo, backend, backends, registry, settings
 from mhabridge.backends.settings import Entry
-from mhabridge.errors import ArgumentError, BackendError
+from mhabridge.errors import ArgumentError, ArgumentTypeError, BackendError
 
 
 @pytest.fixture(autouse=True)
@@ -90,6 +90,68 @@ def test_a_name_with_a_version_is_exact() -> None:
     assert "torch@1.8.1" in str(raised.value)
 
 
+def pretend_present(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch 2.13.0 is importable here, wherever these tests run."""
+    known = registry._here
+    present = BackendInfo("torch", "torch", "2.13.0", "here", sys.executable, "", True)
+    monkeypatch.setattr(registry, "_here", lambda name: present if name == "torch" else known(name))
+
+
+@pytest.mark.parametrize("name", ["torch", "torch@2.13.0"])
+def test_exactly_that_name_registered_wins_over_the_framework_here(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    pretend_present(monkeypatch)
+    assert backend(name).info.where == "here"
+    settings.register(entry(name, "torch"))
+    assert backend(name).info.where == "worker"
+    rows = [info for info in backends(probe=False) if info.name == name]
+    assert [info.where for info in rows] == ["worker"]
+    settings.unregister(name)
+    assert backend(name).info.where == "here"
+
+
+def test_the_list_says_which_of_two_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend_present(monkeypatch)
+    settings.register(entry("torch", "torch"))
+    info = next(info for info in backends(probe=False) if info.name == "torch")
+    assert f"used instead of torch 2.13.0 in {sys.executable}" in info.reason
+    settings.register(entry("torch@1.8.1", "torch"))
+    assert next(info for info in backends(probe=False) if info.name == "torch@1.8.1").reason == ""
+
+
+@pytest.mark.parametrize(
+    ("name", "whose"),
+    [
+        ("numpy", "torch"),
+        ("numpy", "numpy"),
+        ("torch", "numpy"),
+        ("torch@1.8.1", "mindspore"),
+        ("numpy@1.23.5", "megengine"),
+    ],
+)
+def test_a_name_that_means_something_else_is_refused(name: str, whose: str) -> None:
+    with pytest.raises(ArgumentError, match="name"):
+        settings.register(entry(name, whose))
+    assert settings.entries() == []
+
+
+def test_the_version_is_that_of_what_runs_not_of_what_was_registered() -> None:
+    settings.register(entry("upgraded", version="0.1"))
+    found = backend("upgraded")
+    assert found.info.version == "0.1"
+    found.call("ping", {})
+    assert found.info.version == np.__version__
+    info = next(info for info in backends() if info.name == "upgraded")
+    assert info.version == np.__version__
+
+
+def test_a_limit_is_checked_also_where_it_has_no_effect() -> None:
+    with pytest.raises(ArgumentError, match="timeout"):
+        backend("numpy").call("ping", {}, timeout=-1)
+    with pytest.raises(ArgumentTypeError, match="timeout"):
+        backend("numpy").call("ping", {}, timeout="5")  # type: ignore[arg-type]
+    assert backend("numpy").call("ping", {"a": 1}, timeout=float("inf")) == {"a": 1}
+
+
 def test_a_plain_name_finds_the_only_version(monkeypatch: pytest.MonkeyPatch) -> None:
     pretend_missing(monkeypatch)
     settings.register(entry("megengine@1.13.0", "megengine"))
@@ -160,6 +222,8 @@ def test_entries_come_back_as_they_were_written() -> None:
         b'{"format": 1, "backends": [{"name": "a"}]}',
         b'{"format": 1, "backends": [{"name": "a", "framework": "numpy", "python": 5}]}',
         b'{"format": 1, "backends": [{"name": "a", "framework": "numpy", "python": "relative"}]}',
+        b"[" * 100_000,
+        b'{"format": 1, "backends": [{"name": "torch", "framework": "numpy", "python": "/p"}]}',
         b'{"format": 1, "backends": [{"name": "../a", "framework": "numpy", "python": "/p"}]}',
         b'{"format": 1, "backends": [{"name": "a", "framework": "numpy", "python": "/p", "ssh": "-oProxyCommand=x"}]}',
         b'{"format": 1, "backends": [{"name": "a", "framework": "numpy", "python": "/p", "unknown": 1}]}',

@@ -145,9 +145,8 @@ def test_nothing_is_left_there_when_the_connection_is_cut(worker: Worker) -> Non
 
 def launcher_of(worker: Worker) -> int:
     assert worker._process is not None
-    content = worker._process._session.read("launcher")
-    assert content
-    return int(content["pid"])
+    assert worker._process._launcher is not None
+    return worker._process._launcher.pid
 
 
 def child_of(pid: int) -> int:

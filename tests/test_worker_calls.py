@@ -159,6 +159,29 @@ def test_a_forked_child_gets_a_worker_of_its_own(worker: Worker) -> None:
     assert worker.call("tricks:facts", {})["pid"] == pid
 
 
+def test_a_forked_child_that_ends_leaves_a_worker_alone_that_is_just_starting() -> None:
+    """In an interpreter of its own, where a fork may run everything that runs at exit."""
+    code = """
+import os, sys, threading, time
+from mhabridge.backends import process
+from mhabridge.backends.worker import Worker
+
+worker = Worker(sys.executable, "numpy")
+answers = []
+thread = threading.Thread(target=lambda: answers.append(worker.call("ping", {"a": 1})))
+thread.start()
+while not [one for one in process._processes if one._launcher]:
+    time.sleep(0.001)
+child = os.fork()
+if child:
+    os.waitpid(child, 0)
+    thread.join()
+    print(answers)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60)
+    assert done.stdout == "[{'a': 1}]\n", done.stderr
+
+
 @pytest.mark.parametrize("adapter", ["numpy", "torch", "mindspore", "megengine"])
 def test_a_worker_is_handed_everything_that_its_modules_import(adapter: str) -> None:
     handed = shipping.sources(adapter)

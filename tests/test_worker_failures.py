@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -16,7 +18,7 @@ import pytest
 
 from mhabridge.backends import session
 from mhabridge.backends.worker import Worker
-from mhabridge.errors import BackendError
+from mhabridge.errors import ArgumentError, ArgumentTypeError, BackendError
 
 TRICKS = {"tricks": Path(__file__).with_name("worker_tricks.py").read_text(encoding="utf-8")}
 SOON = 5.0  # seconds within which a failure must be reported
@@ -87,6 +89,97 @@ def test_the_error_names_the_call_the_interpreter_and_the_end_of_stderr(worker: 
 @pytest.mark.parametrize("function", ["hang", "hang_in_c"])
 def test_a_call_that_hangs_ends_at_its_limit(worker: Worker, function: str) -> None:
     assert "no answer within the limit of 0.5 s" in fail(worker, function, timeout=0.5).given
+
+
+@pytest.mark.parametrize(
+    "timeout", [0, -1, -0.5, float("nan"), float("-inf"), "5", True, 1j, [1], np.float32("nan"), np.float64(-2)]
+)
+def test_a_limit_that_is_no_positive_number_is_refused_before_anything_is_started(timeout: Any) -> None:
+    fresh = Worker(sys.executable, "numpy")
+    with pytest.raises((ArgumentError, ArgumentTypeError), match="a positive number of seconds"):
+        fresh.call("ping", {}, timeout)
+    assert fresh._process is None
+    with pytest.raises((ArgumentError, ArgumentTypeError), match="start_timeout"):
+        Worker(sys.executable, "numpy", start_timeout=timeout)
+
+
+@pytest.mark.parametrize("timeout", [None, float("inf"), 1e300, 10**400, np.float32(60), np.int64(60)])
+def test_no_limit_and_far_limits_are_no_trouble(worker: Worker, timeout: Any) -> None:
+    assert worker.call("ping", {"a": 1}, timeout) == {"a": 1}
+
+
+def remove_directories(worker: Worker) -> None:
+    assert worker._process is not None
+    for place in worker._process._session.places:
+        shutil.rmtree(place)
+
+
+@pytest.mark.parametrize("stopped", [("pid",), ("pid", "launcher")])
+@pytest.mark.parametrize("tidied", [False, True])
+def test_a_limit_holds_for_stopped_processes_and_without_directories(
+    worker: Worker, stopped: tuple[str, ...], tidied: bool
+) -> None:
+    def hurt(facts: dict[str, Any]) -> None:
+        for name in stopped:
+            os.kill(facts[name], signal.SIGSTOP)
+        if tidied:
+            remove_directories(worker)
+
+    facts = worker.call("tricks:facts", {})
+    timer = threading.Timer(0.2, hurt, (facts,))
+    timer.start()
+    assert "no answer within the limit of 0.5 s" in fail(worker, "hang", timeout=0.5).given
+    timer.join()
+
+
+def test_a_stopped_worker_and_launcher_can_be_closed(worker: Worker) -> None:
+    facts = worker.call("tricks:facts", {})
+    for name in ("launcher", "pid"):
+        os.kill(facts[name], signal.SIGSTOP)
+    started = time.monotonic()
+    worker.close()
+    assert time.monotonic() - started < SOON
+    assert_gone(facts["pid"], facts["launcher"])
+
+
+def test_deleted_directories_cost_a_new_worker_and_no_call(worker: Worker) -> None:
+    """As those who tidy temporary files up do."""
+    before = worker.call("tricks:facts", {})
+    remove_directories(worker)
+    array = np.ones(3_000_000)
+    assert (worker.call("tricks:add_one", {"x": array})["sum"] == 2).all()
+    assert worker.call("tricks:facts", {})["pid"] != before["pid"]
+    assert_gone(before["pid"], before["launcher"])
+    after = worker.call("tricks:facts", {})
+    remove_directories(worker)
+    started = time.monotonic()
+    worker.close()
+    assert time.monotonic() - started < 1.0
+    assert_gone(after["pid"], after["launcher"])
+
+
+def test_deleted_files_cost_nothing(worker: Worker) -> None:
+    array = np.ones(100_000)
+    pid = worker.call("tricks:facts", {"x": array})["pid"]
+    assert worker.call("tricks:echo", {"x": array})["x"].sum() == 100_000
+    assert worker._process is not None
+    kept = [path for place in worker._process._session.places for path in Path(place).glob("array-*")]
+    assert kept
+    for path in kept:
+        path.unlink()
+    assert worker.call("tricks:echo", {"x": array})["x"].sum() == 100_000
+    assert worker.call("tricks:facts", {})["pid"] == pid
+
+
+def test_a_dropped_worker_ends_its_interpreter() -> None:
+    dropped = Worker(sys.executable, "numpy", extra_modules=TRICKS)
+    facts = dropped.call("tricks:facts", {})
+    places = dropped._process._session.places if dropped._process else []
+    del dropped
+    gc.collect()
+    assert_gone(facts["pid"], facts["launcher"])
+    assert places
+    assert not any(Path(place).exists() for place in places)
 
 
 def test_a_limit_that_is_kept_changes_nothing(worker: Worker) -> None:

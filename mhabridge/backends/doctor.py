@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 
 from mhabridge import mapping
 from mhabridge.backends import interpreters
-from mhabridge.backends.registry import Backend, BackendInfo, backend, backends
+from mhabridge.backends.registry import Backend, BackendInfo, backend, backends, in_parallel, registered
 from mhabridge.backends.worker import Worker
 from mhabridge.errors import BackendError, MHABridgeError
 from mhabridge.spec import MHASpec
@@ -47,8 +46,7 @@ def examine() -> list[Finding]:
 
     A framework here is imported in a process of its own, so one that kills its process does not kill this one.
     """
-    with ThreadPoolExecutor(max_workers=4) as pool:
-        return list(pool.map(_examine, backends(probe=False)))
+    return in_parallel(_examine, backends(probe=False), threads=4)
 
 
 def _examine(info: BackendInfo) -> Finding:
@@ -73,7 +71,7 @@ def _verdict(info: BackendInfo, error: float) -> Finding:
 def _try(info: BackendInfo) -> tuple[str, float]:
     """The version that the backend itself tells, and the error of its answer."""
     if info.where == "worker":
-        return _judge(backend(info.name))
+        return _judge(registered(info))
     worker = Worker(sys.executable, info.framework)
     try:
         return _judge(Backend(info, worker))

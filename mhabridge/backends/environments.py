@@ -11,6 +11,7 @@ from typing import Any
 
 from mhabridge import mapping
 from mhabridge.backends import interpreters, settings
+from mhabridge.backends.registry import end_worker
 from mhabridge.backends.settings import Entry
 from mhabridge.backends.worker import Worker
 from mhabridge.errors import ArgumentError, BackendError
@@ -38,7 +39,8 @@ def add(
         installed: its environment is ours.
 
     Raises:
-        BackendError: it does not start, or has another version than the name says. Nothing is registered then.
+        BackendError: it does not start, or has another version than the name says, or the settings cannot be written.
+            Nothing is registered then.
         ArgumentError: an argument is wrong.
     """
     base, version = mapping.parse_name(name)
@@ -50,6 +52,7 @@ def add(
         raise BackendError(f"backend {name!r}", given=f"version {found} at {python}", expected=f"version {version}")
     entry = Entry(**{**vars(entry), "version": found})
     settings.register(entry)
+    end_worker(name)  # one that runs the framework that was there before
     return entry
 
 
@@ -116,6 +119,7 @@ def _forget(name: str) -> None:
     entry = settings.find(name)
     if entry and entry.installed:
         settings.unregister(name)
+    end_worker(name)
     shutil.rmtree(_folder(name), ignore_errors=True)
 
 
@@ -130,6 +134,7 @@ def remove(name: str) -> Entry:
         BackendError: there is none of that name.
     """
     entry = settings.unregister(name)
+    end_worker(name)
     if entry.installed:
         shutil.rmtree(_folder(name), ignore_errors=True)
     return entry

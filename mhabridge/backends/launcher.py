@@ -48,8 +48,6 @@ def main() -> None:
     with contextlib.suppress(OSError):
         os.setsid()
     locks = [_lock(directory) for directory in options["directories"]]
-    if options["control"]:
-        _write(options["control"], "launcher", {"pid": os.getpid()})
     status, parent_gone = _run(options, _command(options, sys.argv[2:]))
     if parent_gone:
         for directory in options["directories"]:

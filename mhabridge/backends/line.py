@@ -8,6 +8,7 @@ This module also runs inside workers (Python 3.8).
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import struct
@@ -42,6 +43,11 @@ class Line:
         """
         (size,) = _LENGTH.unpack(self._exactly(_LENGTH.size))
         return self._exactly(size)
+
+    def cut(self) -> None:
+        """End the connection for every process that holds it; a ``get`` that waits in another thread returns."""
+        with contextlib.suppress(OSError):  # it has ended already
+            self._connection.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
         """Hang up. What runs in the other process decides what that means."""

@@ -7,7 +7,6 @@ of its stderr.
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import dataclasses
 import os
@@ -15,10 +14,12 @@ import signal
 import subprocess
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
 import execnet
+from execnet import gateway_base, gateway_bootstrap, gateway_io
 
 from mhabridge import mapping
 from mhabridge.backends import shipping, wire
@@ -55,7 +56,8 @@ class Process:
 
     Args:
         place: where.
-        start_timeout: limit for the interpreter's start, in seconds.
+        owner: when this object is collected, and at exit, the worker is ended.
+        start_timeout: limit for the interpreter's start, in seconds; None for no limit.
         echo: show the worker's stderr as it comes.
         extra_modules: more modules for the worker: sources by name.
 
@@ -66,7 +68,8 @@ class Process:
     def __init__(
         self,
         place: Place,
-        start_timeout: float = 120.0,
+        owner: object,
+        start_timeout: float | None = 120.0,
         echo: bool = False,
         extra_modules: dict[str, str] | None = None,
     ) -> None:
@@ -76,8 +79,11 @@ class Process:
         self._closed = False
         self._session = Session()
         self._outbox = None if place.ssh else wire.Outbox(self._session.places)
+        self._launcher: subprocess.Popen[bytes] | None = None
         self._gateway: Any = None
         self._line: Line | None = None
+        self._finalizer = weakref.finalize(owner, self.close)
+        _processes.add(self)
         try:
             with self._guarded("while it started", start_timeout):
                 self._start(echo, extra_modules or {})
@@ -99,16 +105,20 @@ class Process:
 
     @property
     def alive(self) -> bool:
-        """Whether it can take a call; an interpreter that ended since the last one cannot."""
-        return not self._closed and bool(self._gateway.hasreceiver())
+        """Whether it can take a call: not when it ended since the last one, nor when its directories were deleted."""
+        usable = not self._closed and self._limit_hit is None and self._session.complete
+        return usable and bool(self._gateway.hasreceiver())
 
     def close(self) -> None:
-        """End the worker now, whatever it is doing; this takes a fraction of a second."""
+        """End the worker now, whatever it is doing; this takes a fraction of a second.
+
+        It may run in any thread, when the owner is collected, and at exit, when no thread can be started (since 3.12).
+        """
         if self._closed:
             return
         self._closed = True
-        self._kill()
-        self._reap()
+        self._finalizer.detach()
+        self._end()
         if self._line:
             self._line.close()
         self._session.close()
@@ -116,11 +126,12 @@ class Process:
     def abandon(self) -> None:
         """In a forked child: see to it that nothing said here reaches the worker, which belongs to the parent."""
         self._closed = True
+        self._finalizer.detach()
         if self._line:
             self._line.close()
-        if self._gateway is not None:
+        if self._launcher and self._launcher.stdin and not self._launcher.stdin.closed:
             silence = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(silence, self._gateway._io.outfile.fileno())
+            os.dup2(silence, self._launcher.stdin.fileno())
             os.close(silence)
 
     def _start(self, echo: bool, extra_modules: dict[str, str]) -> None:
@@ -128,10 +139,12 @@ class Process:
         spec.python = shipping.launcher_command(
             self.place.python, self.place.ssh, self.place.ssh_args, self._session.control, self._session.places, echo
         )
-        group = execnet.Group()
-        # execnet's own clean-up at exit would kill the launcher, and in a forked child talk into its parent's channel.
-        atexit.unregister(group._cleanup_atexit)
-        self._gateway = group.makegateway(spec)
+        spec.id = "worker"
+        # Not through an execnet.Group: that gives the launcher away only once the interpreter has answered, and its
+        # clean-up at exit would kill the launcher, and in a forked child talk into its parent's channel.
+        pipes = gateway_io.create_io(spec, execmodel=gateway_base.get_execmodel("thread"))
+        self._launcher = pipes.popen
+        self._gateway = gateway_bootstrap.bootstrap(pipes, spec)
         channel = self._gateway.remote_exec(shipping.source("mhabridge.backends.child"))
         self._put, self._get = channel.send, channel.receive
         given = {
@@ -171,36 +184,29 @@ class Process:
 
     def _hit_limit(self, timeout: float) -> None:
         self._limit_hit = timeout
-        self._kill()
+        self._end()
 
-    def _kill(self) -> None:
-        """Have the launcher kill the child's process group; the launcher then ends by itself."""
-        until = time.monotonic() + END_SECONDS
-        while (launcher := self._session.read("launcher")) is None and time.monotonic() < until:
-            time.sleep(0.01)
-        # The launcher is a child of this process that nobody has waited for yet, so the pid is not somebody else's.
-        if launcher and self._session.read("status") is None:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(launcher["pid"], signal.SIGTERM)
-
-    def _reap(self) -> None:
-        """Wait for the launcher's end; not with execnet's terminate, which needs threads (none at exit since 3.12)."""
-        if self._gateway is None:
+    def _end(self) -> None:
+        """Have the launcher kill the child's process group and end; where it does not answer, kill it too."""
+        if self._launcher is None:
             return
-        launcher = self._gateway._io.popen
+        self._launcher.terminate()
         try:
-            launcher.wait(END_SECONDS)
+            self._launcher.wait(END_SECONDS)
         except subprocess.TimeoutExpired:
-            launcher.kill()  # the child goes with it, see the launcher
-            launcher.wait()
-        self._gateway.exit()
+            self._launcher.kill()  # the child goes with it, see the launcher
+            self._launcher.wait()
+        if self._line:
+            self._line.cut()
+        if self._launcher.stdin:
+            with contextlib.suppress(OSError, ValueError):  # it is broken, or closed already
+                self._launcher.stdin.close()
 
     def _post_mortem(self, doing: str, error: Exception) -> BackendError:
         """End it, and say what is known about how it ended."""
         status = self._wait_for_status()
         if status is None:
-            self._kill()
-            self._reap()
+            self._end()
         stderr = self._session.stderr()
         self.close()
         return BackendError(
@@ -265,3 +271,21 @@ def _advice(stderr: str, error: Exception, through_ssh: bool) -> str:
     if stderr:
         parts.append(f"Its stderr ends with:\n{stderr}")
     return " ".join(parts)
+
+
+def end_all() -> None:
+    """End every worker of this process, also one that is just starting: calls in other threads fail, and return."""
+    for process in list(_processes):
+        process.close()
+
+
+def _abandon_all() -> None:
+    """Also those that another thread of the parent is just starting: at its exit the child would end them."""
+    for process in list(_processes):
+        process.abandon()
+        _abandoned.append(process)
+
+
+_processes: weakref.WeakSet[Process] = weakref.WeakSet()
+_abandoned: list[Process] = []  # kept: execnet's objects would say goodbye to the worker when collected
+os.register_at_fork(after_in_child=_abandon_all)

@@ -9,13 +9,14 @@ import os
 import platform
 import sys
 import threading
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
 from mhabridge import mapping
-from mhabridge.backends import service, settings
+from mhabridge.backends import limits, service, settings
 from mhabridge.errors import BackendError, MHABridgeError
 
 if TYPE_CHECKING:
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
     from mhabridge.calls import Result
     from mhabridge.spec import MHASpec
     from mhabridge.weights import MHAWeights
+
+_Item = TypeVar("_Item")
+_Found = TypeVar("_Found")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,9 +68,15 @@ class Backend:
     """
 
     def __init__(self, info: BackendInfo, worker: Worker | None = None) -> None:
-        self.info = info
+        self._info = info
         self.framework = info.framework
         self._worker = worker
+
+    @property
+    def info(self) -> BackendInfo:
+        """What is known about it. Once its worker runs, the version is the one in use there."""
+        running = self._worker.description if self._worker else None
+        return dataclasses.replace(self._info, version=running["version"]) if running else self._info
 
     def __repr__(self) -> str:
         return f"<Backend {self.info.name}: {self.framework} {self.info.version or ''} ({self.info.where})>"
@@ -77,15 +87,18 @@ class Backend:
         Args:
             function: its name.
             payload: a tree (see ``wire``).
-            timeout: limit in seconds for a worker's answer. Nothing can stop a call in this process: there it has no
-                effect.
+            timeout: limit in seconds for a worker's answer; None or inf for no limit. Nothing can stop a call in this
+                process: there it has no effect.
 
         Raises:
             BackendError: the worker died, ran out of time, or raised something unforeseen.
+            ArgumentTypeError: the timeout is no number.
+            ArgumentError: the timeout is NaN, zero or negative.
         """
+        limit = limits.seconds(timeout)
         if self._worker is None:
             return service.serve(function, self.framework, payload)
-        return self._worker.call(function, payload, timeout)
+        return self._worker.call(function, payload, limit)
 
     def run(
         self,
@@ -125,7 +138,7 @@ class Backend:
             training: dropout is active.
             grad_output: the gradient with respect to the output; asks for ``result.grads``.
             grad_attn_weights: the gradient with respect to the returned weights; likewise.
-            timeout: limit in seconds for a worker's answer.
+            timeout: limit in seconds for a worker's answer, as in ``call``.
 
         Raises:
             ArgumentError: an argument has a wrong value or shape.
@@ -164,9 +177,10 @@ class Backend:
 
 
 def backends(probe: bool = True) -> list[BackendInfo]:
-    """Every backend: the reference, each framework, and what is registered.
+    """Every backend that has a name: the reference, each framework, and what is registered.
 
-    A framework here is reported from what is installed, without importing it; ``mhabridge backends doctor`` runs each.
+    A framework that is here has no row while its plain name is registered, since ``backend`` then takes that one. A
+    framework here is reported from what is installed, without importing it; ``mhabridge backends doctor`` runs each.
 
     Args:
         probe: start the worker of each registered backend; otherwise only look whether its interpreter is there.
@@ -175,22 +189,43 @@ def backends(probe: bool = True) -> list[BackendInfo]:
         BackendError: the settings are damaged.
 
     Example:
-        >>> [info.name for info in backends(probe=False)][:4]
-        ['numpy', 'torch', 'mindspore', 'megengine']
+        >>> [(info.name, info.where) for info in backends(probe=False)][0]
+        ('numpy', 'here')
     """
-    registered = settings.entries()
-    with ThreadPoolExecutor() as pool:
-        infos = list(pool.map(_probed if probe else _glanced, registered))
-    names = {entry.name for entry in registered}
-    frameworks = {entry.framework for entry in registered}
-    here = [_here(name) for name in (mapping.REFERENCE, *mapping.FRAMEWORKS)]
+    known = settings.entries()
+    infos = in_parallel(_probed if probe else _glanced, known)
+    here = {name: _here(name) for name in (mapping.REFERENCE, *mapping.FRAMEWORKS)}
+    names = {entry.name for entry in known}
+    frameworks = {entry.framework for entry in known}
     # A missing framework is worth a row only while nothing stands in for it.
-    shown = [info for info in here if info.ok or (info.name not in names and info.framework not in frameworks)]
-    return shown + infos
+    shown = [info for info in here.values() if info.name not in names and (info.ok or info.name not in frameworks)]
+    return shown + [_instead_of(here.get(info.name), info) for info in infos]
+
+
+def in_parallel(
+    function: Callable[[_Item], _Found], items: Iterable[_Item], threads: int | None = None
+) -> list[_Found]:
+    """The function's results, in order. Ctrl-C ends all workers: nobody waits until the last has answered."""
+    with ThreadPoolExecutor(threads) as pool:
+        try:
+            return list(pool.map(function, items))
+        except KeyboardInterrupt:
+            from mhabridge.backends import process
+
+            process.end_all()
+            raise
+
+
+def _instead_of(here: BackendInfo | None, info: BackendInfo) -> BackendInfo:
+    """A registered backend; when it takes the name of a framework that is here too, that is said."""
+    if not here or not here.ok:
+        return info
+    used = f"used instead of {here.framework} {here.version or ''} in {here.python}, which has the same name"
+    return dataclasses.replace(info, reason=f"{info.reason} It is {used}." if info.reason else f"{used}.")
 
 
 def backend(name: str) -> Backend:
-    """The backend of that name: here if it is importable here, otherwise the registered one.
+    """The backend of that name: the one that was registered under exactly this name, otherwise what is importable here.
 
     "megengine" also finds a registered "megengine@1.13.0" if that is the only one; "torch@1.8.1" is taken exactly.
     The worker is started by the first call, and is shared by everybody in this process.
@@ -204,13 +239,32 @@ def backend(name: str) -> Backend:
         'here'
     """
     framework, version = mapping.parse_name(name)
+    exact = settings.find(name)
+    if exact:
+        return _opened(exact, name)
     local = _here(framework) if framework in (mapping.REFERENCE, *mapping.FRAMEWORKS) else None
     if local and local.ok and version in (None, _public(local.version)):
         return Backend(dataclasses.replace(local, name=name))
-    entry = _registered(name, framework, version)
-    if entry:
-        return Backend(dataclasses.replace(_glanced(entry), name=name), worker_for(entry))
+    only = None if version else _only_version(framework)
+    if only:
+        return _opened(only, name)
     raise _unknown(name, framework, local)
+
+
+def registered(info: BackendInfo) -> Backend:
+    """The registered backend that ``backends`` listed as this.
+
+    Raises:
+        BackendError: it was removed since then.
+    """
+    entry = settings.find(info.name)
+    if entry is None:
+        raise BackendError(f"backend {info.name!r}", given="it was removed meanwhile")
+    return _opened(entry, info.name)
+
+
+def _opened(entry: Entry, name: str) -> Backend:
+    return Backend(dataclasses.replace(_glanced(entry), name=name), worker_for(entry))
 
 
 def worker_for(entry: Entry) -> Worker:
@@ -223,16 +277,20 @@ def worker_for(entry: Entry) -> Worker:
         return _workers[entry]
 
 
+def end_worker(name: str) -> None:
+    """End this process's workers for a registered name: its environment is about to change, or has changed."""
+    with _workers_lock:
+        ended = [_workers.pop(entry) for entry in list(_workers) if entry.name == name]
+    for worker in ended:
+        worker.close()
+
+
 _workers: dict[Entry, Worker] = {}
 _workers_lock = threading.Lock()
 
 
-def _registered(name: str, framework: str, version: str | None) -> Entry | None:
-    known = settings.entries()
-    exact = [entry for entry in known if entry.name == name]
-    if exact or version:
-        return exact[0] if exact else None
-    versions = [entry for entry in known if entry.name.partition("@")[0] == framework]
+def _only_version(framework: str) -> Entry | None:
+    versions = [entry for entry in settings.entries() if entry.name.partition("@")[0] == framework]
     return versions[0] if len(versions) == 1 else None
 
 

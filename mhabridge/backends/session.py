@@ -1,6 +1,6 @@
 """The private directories of one worker, and the removal of those that nobody needs any more.
 
-A session has one directory in the temporary directory, for what the launcher writes (its pid, the child's stderr, the
+A session has one directory in the temporary directory, for what the launcher writes (the child's stderr and the
 exit status), and one in memory where the host has a tmpfs; both may hold bulk arrays on their way. The parent and the
 launcher each hold a shared lock on them, and the launcher removes them if the parent dies. Should both be killed at the
 same moment, a later session finds the directories unlocked and removes them.
@@ -31,6 +31,11 @@ class Session:
         self.places = [tempfile.mkdtemp(prefix=_prefix(), dir=root) for root in roots]
         self.control = self.places[-1]
         self._locks = [_lock(place) for place in self.places]
+
+    @property
+    def complete(self) -> bool:
+        """Whether all directories are still there: those who tidy temporary files up delete old ones."""
+        return all(os.path.isdir(place) for place in self.places)
 
     def read(self, name: str) -> dict[str, Any] | None:
         """A small JSON file that the launcher wrote; None while there is none."""

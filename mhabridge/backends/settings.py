@@ -47,6 +47,7 @@ class Entry:
         if self.framework not in (*mapping.FRAMEWORKS, mapping.REFERENCE):
             known = ", ".join((*mapping.FRAMEWORKS, mapping.REFERENCE))
             raise ArgumentError("framework", given=repr(self.framework), expected=f"one of {known}")
+        _check_meaning(self.name, self.framework)
         if not os.path.isabs(self.python):
             raise ArgumentError("python", given=repr(self.python), expected="an absolute path")
         if self.ssh is not None and not re.match(r"[^-\s][^\s]*$", self.ssh):
@@ -54,17 +55,36 @@ class Entry:
 
 
 def check_name(name: str) -> None:
-    """Names are also folder names.
+    """Names are also folder names, and the reference's plain name is taken by the judge in this process.
 
     Raises:
-        ArgumentError: it is not a plain name, or name@version.
+        ArgumentError: it is not a plain name, or name@version, or it is taken.
     """
+    if name == mapping.REFERENCE:
+        raise ArgumentError(
+            "name",
+            given=repr(name),
+            expected="another name",
+            advice="That is the reference in this process, which judges all others.",
+        )
     if not _NAME.fullmatch(name):
         raise ArgumentError(
             "name",
             given=repr(name),
             expected="letters, digits, dots, underscores and hyphens, and perhaps @version",
             advice="For example torch@1.8.1.",
+        )
+
+
+def _check_meaning(name: str, framework: str) -> None:
+    """A framework's name means that framework."""
+    base = name.partition("@")[0]
+    if base in (*mapping.FRAMEWORKS, mapping.REFERENCE) and base != framework:
+        raise ArgumentError(
+            "name",
+            given=f"{name!r} for the framework {framework}",
+            expected=f"a name that does not mean {base}",
+            advice=f"For example {framework}-{base}.",
         )
 
 
@@ -97,6 +117,8 @@ def entries() -> list[Entry]:
         found = [_entry(fields) for fields in content["backends"]]
         if len({entry.name for entry in found}) != len(found):
             raise ValueError("a name occurs twice")
+    except RecursionError:
+        raise _damaged(path, "values nested too deeply") from None
     except (ValueError, TypeError, KeyError) as error:
         raise _damaged(path, str(error)) from None
     return found
@@ -145,26 +167,50 @@ def _change(change: Callable[[list[Entry]], list[Entry]]) -> None:
     path = _file()
     with locked(path.with_suffix(".lock")):
         changed = [dataclasses.asdict(entry) for entry in change(entries())]
-        handle, temporary = tempfile.mkstemp(prefix=".backends-", dir=path.parent)
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                json.dump({"format": FORMAT, "backends": changed}, file, indent=2)
-                file.write("\n")
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        except BaseException:
-            os.unlink(temporary)
-            raise
+        with _writable():
+            _replace(path, json.dumps({"format": FORMAT, "backends": changed}, indent=2) + "\n")
+
+
+def _replace(path: Path, text: str) -> None:
+    handle, temporary = tempfile.mkstemp(prefix=".backends-", dir=path.parent)
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
 
 
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Hold a file's lock; whoever else wants it waits."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w", encoding="utf-8") as file:
+    """Hold a file's lock; whoever else wants it waits.
+
+    Raises:
+        BackendError: the settings folder cannot be written.
+    """
+    with _writable():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = open(path, "w", encoding="utf-8")  # noqa: SIM115  # closed below, outside of what can fail here
+    with file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
+
+
+@contextlib.contextmanager
+def _writable() -> Iterator[None]:
+    """An error of the file system as one of ours, which names the folder."""
+    try:
+        yield
+    except OSError as error:
+        raise BackendError(
+            str(home()),
+            given=str(error),
+            expected="a folder for settings and environments that can be written",
+            advice="Set MHABRIDGE_HOME to another one.",
+        ) from None
 
 
 def _file() -> Path:

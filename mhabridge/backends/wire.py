@@ -194,12 +194,13 @@ class Outbox:
         """
         size = sum(flat.size for flat in flats)
         if self._stream and max(size, self._stream_size) <= KEPT_BYTES:
-            with open(self._stream, "r+b", buffering=0) as file, contextlib.suppress(OSError):
+            with contextlib.suppress(OSError), open(self._stream, "r+b", buffering=0) as file:
                 _write_all(file.fileno(), flats)
                 self._stream_size = max(size, self._stream_size)
                 return self._stream
         if self._stream:
-            os.unlink(self._stream)
+            with contextlib.suppress(FileNotFoundError):  # somebody tidied the temporary directory up
+                os.unlink(self._stream)
         self._stream, self._stream_size = None, size
         self._stream = self._new_file(flats)
         return self._stream

@@ -62,7 +62,7 @@ def add(name: str, python: str, ssh: str | None, ssh_args: str, framework: str |
     """
     from mhabridge.backends import environments
 
-    entry = environments.add(name, python, ssh=ssh, ssh_args=shlex.split(ssh_args), framework=framework)
+    entry = environments.add(name, python, ssh=ssh, ssh_args=_words("--ssh-args", ssh_args), framework=framework)
     _print_entry("Added", entry, json_output)
 
 
@@ -78,7 +78,8 @@ def install(name: str, python: str | None, pip_args: str, json_output: bool) -> 
     """
     from mhabridge.backends import environments
 
-    entry = environments.install(name, python, shlex.split(pip_args), lambda line: click.echo(line, err=True))
+    words = _words("--pip-args", pip_args)
+    entry = environments.install(name, python, words, lambda line: click.echo(line, err=True))
     _print_entry("Installed", entry, json_output)
 
 
@@ -123,6 +124,14 @@ def doctor(context: click.Context, json_output: bool) -> None:
         ]
         _print_table(("name", "version", "where", "ok", "max error"), rows, [finding.info for finding in findings])
     context.exit(1 if any(finding.needed for finding in findings) else 0)
+
+
+def _words(option: str, text: str) -> list[str]:
+    """What a shell would make of an option's text."""
+    try:
+        return shlex.split(text)
+    except ValueError as error:
+        raise click.BadParameter(f"{text!r}: {error}", param_hint=option) from None
 
 
 def _place(info: BackendInfo) -> str:

@@ -1,12 +1,17 @@
 """``mhabridge``: the group of commands, each loaded only when it is used.
 
-Exit codes: 0 yes, 1 a difference or a loss was found, 2 it could not be done.
+Exit codes: 0 yes, 1 a difference or a loss was found, 2 it could not be done; as other tools have it, 130 after
+Ctrl-C and 141 when the output's reader went away. With ``MHABRIDGE_TRACEBACK=1`` an error shows where it comes from.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import os
+import signal
 import sys
+import traceback
 
 try:
     import click
@@ -20,6 +25,8 @@ except ImportError:  # pragma: no cover - proved by a test in a clean environmen
 from mhabridge import __version__
 from mhabridge.errors import MHABridgeError
 
+TRACEBACK = "MHABRIDGE_TRACEBACK"
+COMPLETION = "_MHABRIDGE_COMPLETE"
 # name -> (module with a click command called `command`, its line in --help)
 COMMANDS = {
     "backends": ("mhabridge.cli.backends", "List, add, install, remove and check backends."),
@@ -53,14 +60,81 @@ class LazyGroup(click.Group):
 def cli() -> None:
     """Move multi-head attention between frameworks, and prove that it arrived.
 
+    Exit codes: 0 yes, 1 a difference or a loss was found, 2 it could not be done.
+
     Example: mhabridge diff --backends torch,mindspore --embed-dim 64 --num-heads 8
     """
 
 
 def main() -> None:
-    """Run the command line; an error of ours is one message and exit code 2, never a traceback."""
+    """Run the command line; whatever goes wrong is a message and exit code 2, or that of a signal, never 1."""
     try:
-        cli(prog_name="mhabridge")
-    except MHABridgeError as error:
-        click.echo(f"mhabridge: {error}", err=True)
-        sys.exit(2)
+        code = _invoke()
+    except BaseException as error:
+        code = _explain(error)
+    _flush()
+    sys.exit(code)
+
+
+def _invoke() -> int:
+    """The command's exit code.
+
+    Not through ``cli.main``: click's own handling of Ctrl-C and of a closed pipe exits with 1.
+    """
+    try:
+        if COMPLETION in os.environ:  # a shell asks what could be typed here
+            cli.main(prog_name="mhabridge")
+        with cli.make_context("mhabridge", sys.argv[1:]) as context:
+            cli.invoke(context)
+    except click.exceptions.Exit as done:
+        code = done.exit_code
+    except SystemExit as done:
+        if isinstance(done.__context__, BrokenPipeError):  # rich exits with 1 on a closed pipe
+            raise done.__context__ from None
+        if not isinstance(done.code, (int, type(None))):
+            raise
+        code = done.code or 0
+    else:
+        code = 0
+    if sys.stdout:
+        sys.stdout.flush()  # a full disk shows here at the latest
+    return code
+
+
+def _explain(error: BaseException) -> int:
+    """Say what went wrong, on stderr, and give the exit code."""
+    if isinstance(error, (KeyboardInterrupt, click.Abort)):
+        return 128 + signal.SIGINT
+    if isinstance(error, BrokenPipeError):  # who reads the output has seen enough
+        return 128 + signal.SIGPIPE
+    with contextlib.suppress(OSError):
+        if os.environ.get(TRACEBACK):
+            traceback.print_exception(error)
+        if isinstance(error, click.ClickException):
+            error.show()
+        else:
+            click.echo(f"mhabridge: {_message(error)}", err=True)
+    return 2
+
+
+def _message(error: BaseException) -> str:
+    if isinstance(error, (MHABridgeError, OSError)):
+        return str(error)
+    if isinstance(error, MemoryError):
+        return f"there is not enough memory. {error}".rstrip()
+    text = " ".join(str(error).split())
+    return (
+        f"this is a bug in mhabridge: {type(error).__name__}: {text:.500}. "
+        f"Set {TRACEBACK}=1 to see where, and please report it."
+    )
+
+
+def _flush() -> None:
+    """Python flushes again at exit, and fails with a code of its own: what cannot be written stays unsaid."""
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        try:
+            stream.flush()
+        except OSError:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, stream.fileno())
+            os.close(nowhere)

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from mhabridge import dtypes, reference
+from mhabridge.backends.registry import Backend
 from mhabridge.backends.registry import backend as find_backend
 from mhabridge.backends.running import Prepared, prepare, restore
 from mhabridge.calls import Result
@@ -127,14 +128,19 @@ def _run(
     run = Run(name, name.partition("@")[0], "", "", "failed")
     try:
         backend = find_backend(name)
-        info = backend.info
-        run = dataclasses.replace(run, framework=info.framework, version=info.version or "", where=info.where)
+        run = _described(run, backend)
         result = backend.run(spec, weights, *arrays, timeout=timeout, **call)
+        run = _described(run, backend)  # a worker tells its version once it runs
     except UnsupportedError as error:
         return dataclasses.replace(run, status="refused", reason=str(error)), None
     except MHABridgeError as error:
         return dataclasses.replace(run, status="failed", reason=str(error)), None
     return dataclasses.replace(run, status="answered", notes=result.notes), result
+
+
+def _described(run: Run, backend: Backend) -> Run:
+    info = backend.info
+    return dataclasses.replace(run, framework=info.framework, version=info.version or "", where=info.where)
 
 
 def _judged(
