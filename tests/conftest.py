@@ -11,6 +11,7 @@ import functools
 import importlib.util
 import os
 import pathlib
+import signal
 
 import pytest
 
@@ -29,6 +30,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # A shell's background jobs ignore Ctrl-C, and so does all that they start; some tests are about Ctrl-C.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     missing = [name for name in _names(config, "--require") if not usable(name)]
     if missing:
         reasons = "; ".join(f"{name}: {reason(name)}" for name in missing)
