@@ -13,6 +13,7 @@ from mhabridge.spec import MHASpec
 from mhabridge.weights import MHAWeights
 
 FRAMEWORK = "numpy"
+OPS = None  # the reference has one form only
 
 
 def version() -> str:
@@ -37,7 +38,12 @@ def build(
     raise _no_layer()
 
 
-def run(spec: MHASpec, weights: MHAWeights, call: Call) -> Result:
+def unfit(spec: MHASpec, weights: MHAWeights, call: Call) -> dict[str, str]:
+    """The reference can do every call."""
+    return {}
+
+
+def run_native(spec: MHASpec, weights: MHAWeights, call: Call) -> Result:
     """One canonical call, in float64 whatever the inputs are."""
     return reference.attend(spec, weights, call)
 

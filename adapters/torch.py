@@ -22,11 +22,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from mhabridge import dtypes, envelope, masks
+from mhabridge import dtypes, envelope, live, mapping, masks
 from mhabridge.calls import Call, Result
+from mhabridge.checks import sizes_of
+from mhabridge.composed import Ops
 from mhabridge.dialects import translate_call
 from mhabridge.errors import ArgumentError, UnsupportedError, WeightsError
-from mhabridge.native import NativeForm, flat_mask, full_mask, native_form, parameter_grads, swap
+from mhabridge.initial import initial_values
+from mhabridge.live import Options, Traits
+from mhabridge.native import NativeForm, flat_mask, full_mask, native_form, parameter_grads, swap, unsayable
 from mhabridge.spec import MHASpec
 from mhabridge.weights import MHAWeights
 
@@ -50,7 +54,7 @@ def extract(layer: torch.nn.MultiheadAttention) -> tuple[MHASpec, MHAWeights]:
         WeightsError: parameters that such a layer does not have, or of another shape, or without values (meta).
         UnsupportedError: a subclass with a forward of its own.
     """
-    if type(layer).forward is not torch.nn.MultiheadAttention.forward:
+    if type(layer).forward not in (torch.nn.MultiheadAttention.forward, MultiheadAttention.forward):
         raise UnsupportedError(
             "layer",
             given=f"{type(layer).__qualname__}, whose forward is its own",
@@ -58,8 +62,12 @@ def extract(layer: torch.nn.MultiheadAttention) -> tuple[MHASpec, MHAWeights]:
             advice="What it computes is not known; only a layer that computes plain attention can be moved.",
         )
     named = {name: _to_numpy(tensor) for name, tensor in layer.state_dict().items()}
-    first = next(iter(named.values()))
-    spec = MHASpec(
+    spec = _spec(layer)
+    return spec, MHAWeights.from_layout("torch", named, spec)
+
+
+def _spec(layer: torch.nn.MultiheadAttention) -> MHASpec:
+    return MHASpec(
         embed_dim=layer.embed_dim,
         num_heads=layer.num_heads,
         kdim=layer.kdim,
@@ -70,9 +78,8 @@ def extract(layer: torch.nn.MultiheadAttention) -> tuple[MHASpec, MHAWeights]:
         add_bias_kv=layer.bias_k is not None,
         add_zero_attn=layer.add_zero_attn,
         batch_first=getattr(layer, "batch_first", False),
-        dtype=dtypes.name_of(first),
+        dtype=layer.out_proj.weight.dtype,
     )
-    return spec, MHAWeights.from_layout("torch", named, spec)
 
 
 def build(
@@ -113,9 +120,13 @@ def _load(layer: torch.nn.MultiheadAttention, named: dict[str, np.ndarray]) -> N
     layer.load_state_dict(state, strict=True)
 
 
-def run(spec: MHASpec, weights: MHAWeights, call: Call) -> Result:
+def unfit(spec: MHASpec, weights: MHAWeights, call: Call) -> dict[str, str]:
+    """Why the native class cannot be used for a call, beyond the table's envelope; empty when it can."""
+    return unsayable(spec, FRAMEWORK, version())
+
+
+def run_native(spec: MHASpec, weights: MHAWeights, call: Call) -> Result:
     """One canonical call on the native layer, forward and, when asked for, backward."""
-    envelope.refuse(FRAMEWORK, version(), spec, call)
     form = native_form(spec, FRAMEWORK, version(), turn=True)
     notes = ["native: torch.nn.MultiheadAttention", *form.notes]
     layer = _build(spec, weights, form, None, notes)
@@ -175,6 +186,267 @@ def _grads(
     if call.mask_grad:
         grads["mask"] = full_mask(arrays["mask"], spec, call)
     return grads
+
+
+class _Ops(Ops):
+    """PyTorch's operations, from 1.8 on."""
+
+    framework = "PyTorch"
+
+    def is_tensor(self, x: Any) -> bool:
+        return isinstance(x, torch.Tensor)
+
+    def dtype(self, x: torch.Tensor) -> str:
+        return str(x.dtype).rpartition(".")[2]
+
+    def casts(self) -> bool:
+        try:
+            return any(torch.is_autocast_enabled(kind) for kind in ("cpu", "cuda"))
+        except TypeError:  # before 2.4 it takes no argument
+            return bool(torch.is_autocast_enabled()) or bool(getattr(torch, "is_autocast_cpu_enabled", bool)())
+
+    def narrow(self, x: torch.Tensor, dtype: str) -> torch.Tensor:
+        limit = dtypes.LARGEST[dtype]
+        if dtypes.LARGEST[self.dtype(x)] <= limit:
+            return x.to(getattr(torch, dtype))
+        return torch.where(torch.isneginf(x), x, x.clamp(-limit, limit)).to(getattr(torch, dtype))
+
+    def blocked(self, x: torch.Tensor, dtype: str) -> torch.Tensor:
+        zeros = torch.zeros(x.shape, dtype=getattr(torch, dtype), device=x.device)
+        return zeros.masked_fill(x != 0, -np.inf)
+
+    def __init__(self, device: Any = None) -> None:
+        self.device = device
+
+    def constant(self, array: np.ndarray, dtype: str) -> torch.Tensor:
+        tensor = _to_tensor(dtypes.round_to(array, dtype))
+        return tensor if self.device is None else tensor.to(self.device)
+
+    def numpy(self, tensor: torch.Tensor) -> np.ndarray:
+        return _to_numpy(tensor)
+
+    def matmul(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return torch.matmul(a, b)
+
+    def transpose(self, x: torch.Tensor, axes: tuple[int, ...]) -> torch.Tensor:
+        return x.permute(*axes)
+
+    def reshape(self, x: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+        return x.reshape(shape)
+
+    def concat(self, parts: list[torch.Tensor], axis: int) -> torch.Tensor:
+        return torch.cat(parts, dim=axis)
+
+    def broadcast(self, x: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+        return x.expand(shape)
+
+    def exp(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.exp(x)
+
+    def largest(self, x: torch.Tensor) -> torch.Tensor:
+        if not x.shape[-1]:
+            return x.new_zeros((*x.shape[:-1], 1))
+        return x.detach().max(dim=-1, keepdim=True)[0]
+
+    def total(self, x: torch.Tensor, axes: tuple[int, ...]) -> torch.Tensor:
+        return x.sum(dim=axes, keepdim=True)
+
+    def replace(self, x: torch.Tensor, value: float, by: float) -> torch.Tensor:
+        return x.masked_fill(x == value, by)
+
+    def dropout(self, x: torch.Tensor, probability: float) -> torch.Tensor:
+        return torch.nn.functional.dropout(x, probability, training=True)
+
+    def run(
+        self, function: Any, leaves: list[torch.Tensor], seeds: tuple[np.ndarray | None, np.ndarray | None]
+    ) -> tuple[torch.Tensor, torch.Tensor, list[np.ndarray]]:
+        wanted = any(seed is not None for seed in seeds)
+        with torch.set_grad_enabled(wanted):
+            leaves = [leaf.requires_grad_(wanted) for leaf in leaves]
+            results = function(*leaves)
+        if not wanted:
+            return (*results, [])
+        pairs = [(result, seed) for result, seed in zip(results, seeds) if seed is not None]
+        grad_outputs = [self.constant(seed, str(result.dtype)[6:]) for result, seed in pairs]
+        found = torch.autograd.grad([result for result, _ in pairs], leaves, grad_outputs, allow_unused=True)
+        grads = [torch.zeros_like(leaf) if grad is None else grad for leaf, grad in zip(leaves, found)]
+        return (*results, [_to_numpy(grad) for grad in grads])
+
+
+OPS = _Ops()
+
+
+def traits(layer: torch.nn.MultiheadAttention) -> Traits:
+    """Training flag, requires_grad of each parameter, and kind of device."""
+    named = {name: parameter.requires_grad for name, parameter in layer.named_parameters()}
+    trainable = {name: named[own] for name, own in _owners(layer).items()}
+    return Traits(layer.training, trainable, "cpu" if layer.out_proj.weight.device.type == "cpu" else "gpu")
+
+
+def set_traits(layer: torch.nn.MultiheadAttention, wanted: Traits) -> None:
+    """The inverse of ``traits``."""
+    owners = _owners(layer)
+    for own, parameter in layer.named_parameters():
+        names = [name for name in owners if owners[name] == own and name in wanted.trainable]
+        parameter.requires_grad_(wanted.all_alike(names, own))
+    layer.train(wanted.training)
+    if wanted.device == "gpu":
+        layer.to("cuda")
+
+
+def _owners(layer: torch.nn.MultiheadAttention) -> dict[str, str]:
+    """The native parameter that holds each canonical one."""
+    packed = layer.in_proj_weight is not None
+    found = {f"{x}_weight": "in_proj_weight" if packed else f"{x}_proj_weight" for x in "qkv"}
+    if layer.in_proj_bias is not None:
+        found.update({f"{x}_bias": "in_proj_bias" for x in "qkv"})
+    found["out_weight"] = "out_proj.weight"
+    if layer.out_proj.bias is not None:
+        found["out_bias"] = "out_proj.bias"
+    if layer.bias_k is not None:
+        found.update(bias_k="bias_k", bias_v="bias_v")
+    return found
+
+
+# -- live layers -----------------------------------------------------------------------------------------------------
+
+
+def attend(
+    layer: torch.nn.MultiheadAttention,
+    inputs: tuple[Any, Any, Any],
+    key_padding_mask: Any,
+    attn_mask: Any,
+    options: Options,
+    notes: list[str],
+) -> tuple[Any, Any]:
+    """One call of a live layer, native where that needs no look at the values, else composed."""
+    spec = _spec(layer)
+    ops = _Ops(layer.out_proj.weight.device)
+    masked = key_padding_mask is not None or attn_mask is not None or options.is_causal
+    reason = _why_composed(spec, options, masked)
+    if not reason:
+        notes.append("native: torch.nn.MultiheadAttention")
+        return _attend_native(ops, layer, spec, inputs, key_padding_mask, attn_mask, options)
+    if options.mode == "native":
+        raise UnsupportedError("mode", given="'native'", expected="'auto' or 'composed'", advice=reason)
+    notes.append(f"composed: {reason}")
+    return live.attend(ops, spec, _tensors(layer), inputs, key_padding_mask, attn_mask, options)
+
+
+def _why_composed(spec: MHASpec, options: Options, masked: bool) -> str:
+    if options.mode == "composed":
+        return "asked for"
+    if masked and options.fully_masked == "zero":
+        return "The native layer has no answer of zeros for fully masked rows."
+    if not options.average_attn_weights and mapping.version_key(version()) < (1, 11):
+        return "PyTorch before 1.11 returns only the average over heads."
+    return ""
+
+
+def _attend_native(
+    ops: _Ops,
+    layer: torch.nn.MultiheadAttention,
+    spec: MHASpec,
+    inputs: tuple[Any, Any, Any],
+    key_padding_mask: Any,
+    attn_mask: Any,
+    options: Options,
+) -> tuple[Any, Any]:
+    batched = live.check(ops, spec, inputs, options)
+    sizes = sizes_of(spec, inputs[0], inputs[1], batched)
+    mask = live.merged(ops, spec, sizes, key_padding_mask, attn_mask, options)
+    if mask is not None:
+        live.refuse_fully_masked(ops, spec, sizes, mask, options)
+        flat = mask[0, 0] if tuple(mask.shape[:2]) == (1, 1) else mask.expand(sizes.batch, sizes.heads, -1, -1)
+        mask = flat if flat.dim() == 2 else flat.reshape(sizes.batch * sizes.heads, *flat.shape[2:])
+    # Only with weights is a fully masked row NaN; without them it would be the out bias.
+    asked = {"attn_mask": mask, "need_weights": options.need_weights or mask is not None}
+    if not options.average_attn_weights:
+        asked["average_attn_weights"] = False
+    output, attention = torch.nn.MultiheadAttention.forward(layer, *inputs, **asked)
+    return output, attention if options.need_weights else None
+
+
+def _tensors(layer: torch.nn.MultiheadAttention) -> dict[str, torch.Tensor]:
+    """The layer's own parameters, differentiable, by canonical name."""
+    if layer.in_proj_weight is None:
+        found = {name: getattr(layer, f"{name[0]}_proj_weight") for name in ("q_weight", "k_weight", "v_weight")}
+    else:
+        found = dict(zip(("q_weight", "k_weight", "v_weight"), layer.in_proj_weight.chunk(3)))
+    found["out_weight"] = layer.out_proj.weight
+    if layer.in_proj_bias is not None:
+        found.update(zip(("q_bias", "k_bias", "v_bias"), layer.in_proj_bias.chunk(3)))
+    found.update(out_bias=layer.out_proj.bias, bias_k=layer.bias_k, bias_v=layer.bias_v)
+    return {
+        name: tensor.reshape(-1) if tensor.dim() == 3 else tensor
+        for name, tensor in found.items()
+        if tensor is not None
+    }
+
+
+class MultiheadAttention(torch.nn.MultiheadAttention):  # type: ignore[misc]
+    """``torch.nn.MultiheadAttention`` with the rules of mhabridge: the same answer on every framework.
+
+    The constructor, the parameters and their names are PyTorch's own, so checkpoints go both ways. The call differs
+    where PyTorch disagrees with itself: is_causal needs no attn_mask and is never dropped, masks may be byte or of
+    another dtype than the query, and a fully masked row is NaN whatever need_weights is.
+
+    Example:
+        >>> layer = MultiheadAttention(8, 2, batch_first=True)
+        >>> x = torch.ones(1, 3, 8)
+        >>> output, weights = layer(x, x, x, is_causal=True)
+        >>> weights[0, 0].tolist()
+        [1.0, 0.0, 0.0]
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        dropout: float = 0.0,
+        bias: bool = True,
+        add_bias_kv: bool = False,
+        add_zero_attn: bool = False,
+        kdim: int | None = None,
+        vdim: int | None = None,
+        batch_first: bool = False,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        dtype = torch.get_default_dtype() if dtype is None else dtype
+        spec = MHASpec(
+            embed_dim,
+            num_heads,
+            kdim,
+            vdim,
+            dropout,
+            bias,
+            add_bias_kv=add_bias_kv,
+            add_zero_attn=add_zero_attn,
+            batch_first=batch_first,
+            dtype=dtype,
+        )
+        super().__init__(**native_form(spec, FRAMEWORK, version(), turn=True).kwargs)
+        self.batch_first = batch_first  # PyTorch 1.8.1 has none: its own forward is not used then
+        self.to(dtype=dtype)
+        _load(self, initial_values(spec).to_layout("torch", spec))
+        if device is not None:
+            self.to(device)
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        key_padding_mask: torch.Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: torch.Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """PyTorch's call; see ``mhabridge.attend`` for what the arguments mean."""
+        options = Options(is_causal, need_weights, average_attn_weights, training=self.training)
+        return attend(self, (query, key, value), key_padding_mask, attn_mask, options, [])
 
 
 def _leaf(array: np.ndarray | None, call: Call) -> Any:

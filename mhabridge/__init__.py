@@ -12,7 +12,9 @@ if TYPE_CHECKING:
     from mhabridge.backends import BackendInfo as BackendInfo
     from mhabridge.backends import backend as backend
     from mhabridge.backends import backends as backends
+    from mhabridge.bridge import attend as attend
     from mhabridge.bridge import build as build
+    from mhabridge.bridge import convert as convert
     from mhabridge.bridge import extract as extract
     from mhabridge.dialects import translate_call as translate_call
     from mhabridge.diff import DiffReport as DiffReport
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
     from mhabridge.errors import MHABridgeError as MHABridgeError
     from mhabridge.errors import UnsupportedError as UnsupportedError
     from mhabridge.errors import WeightsError as WeightsError
+    from mhabridge.initial import manual_seed as manual_seed
     from mhabridge.spec import MHASpec as MHASpec
     from mhabridge.weights import MHAWeights as MHAWeights
 
@@ -34,7 +37,10 @@ _HOME = {
     "MHAWeights": "weights",
     "translate_call": "dialects",
     "extract": "bridge",
+    "attend": "bridge",
     "build": "bridge",
+    "convert": "bridge",
+    "manual_seed": "initial",
     "BackendInfo": "backends",
     "backends": "backends",
     "backend": "backends",

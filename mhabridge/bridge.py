@@ -1,4 +1,4 @@
-"""Live layers: ``extract`` the canonical form of one, ``build`` one from it."""
+"""Live layers: ``extract`` the canonical form of one, ``build`` one from it, ``attend`` with one."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 from mhabridge import mapping
 from mhabridge.errors import ArgumentError, ArgumentTypeError, BackendError, UnsupportedError
+from mhabridge.live import Options
 from mhabridge.spec import MHASpec
 from mhabridge.weights import MHAWeights
 
@@ -31,13 +32,112 @@ def extract(layer: Any) -> tuple[MHASpec, MHAWeights]:
         >>> weights.q_weight.shape
         (8, 8)
     """
+    found: tuple[MHASpec, MHAWeights] = _adapter_of(layer).extract(layer)
+    return found
+
+
+def convert(layer: Any, to: str, notes: list[str] | None = None) -> Any:
+    """The same layer in another framework that is importable here: weights bit for bit, and its state.
+
+    Args:
+        layer: a native attention layer, or a drop-in of ``mhabridge.adapters``.
+        to: "torch", "mindspore" or "megengine".
+        notes: a list that is filled with what the new layer has beyond the old one.
+
+    Returns:
+        The framework's native layer where it can hold this one, else our drop-in; in the same mode (train or
+        evaluation), with
+        the same parameters frozen, on the same kind of device.
+
+    Raises:
+        BackendError: the framework is not importable here; the message names the way through a file.
+        UnsupportedError: the layer, or which of its parameters are frozen, cannot be said there.
+
+    Example:
+        >>> import torch
+        >>> layer = torch.nn.MultiheadAttention(8, 2).eval()
+        >>> again = convert(layer, to="torch")
+        >>> again.training, extract(again) == extract(layer)
+        (False, True)
+    """
+    source = _adapter_of(layer)
+    spec, weights = source.extract(layer)
+    try:
+        target = adapter(to)
+    except BackendError as error:
+        error.advice += (
+            " To move the layer itself, go through a file: np.savez the arrays of mb.extract(layer)[1].to_layout(...)"
+            " here, and load them there."
+        )
+        raise
+    found = source.traits(layer)
+    moved = build(spec, to, weights, notes=notes)
+    target.set_traits(moved, found)
+    return moved
+
+
+def attend(
+    layer: Any,
+    query: Any,
+    key: Any,
+    value: Any,
+    key_padding_mask: Any = None,
+    attn_mask: Any = None,
+    is_causal: bool = False,
+    need_weights: bool = True,
+    average_attn_weights: bool = True,
+    fully_masked: str = "nan",
+    mode: str = "auto",
+    notes: list[str] | None = None,
+) -> tuple[Any, Any]:
+    """Call a live layer of any framework by one set of rules: native tensors in and out.
+
+    Args:
+        layer: a native attention layer, or a drop-in of ``mhabridge.adapters``.
+        query: (L, N, E), or (N, L, E) for a layer that is batch first, or (L, E).
+        key: (S, N, kdim), (N, S, kdim) or (S, kdim).
+        value: as key, with vdim features.
+        key_padding_mask: (N, S) or (S,): bool (True: may not attend), byte (non-zero: may not), integers 0 and 1, or
+            float (added).
+        attn_mask: (L, S) or (N * H, L, S), for an unbatched call (H, L, S); likewise.
+        is_causal: block j > i (aligned top left), together with the masks.
+        need_weights: return the attention weights too.
+        average_attn_weights: averaged over heads.
+        fully_masked: what a row without any open position gives: "nan", "zero" or "error".
+        mode: "auto", "native" or "composed".
+        notes: a list that is filled with what was native or composed, and why.
+
+    Returns:
+        The output in the query's layout, and the weights: (N, L, S) averaged, (N, H, L, S) by head, None when not
+        asked for.
+
+    Raises:
+        ArgumentError: a wrong shape, dtype or option.
+        ArgumentTypeError: not a layer, or not a tensor of its framework.
+        UnsupportedError: no form that the mode allows answers this call rightly.
+
+    Example:
+        >>> import torch
+        >>> x = torch.ones(3, 1, 8)
+        >>> output, weights = attend(torch.nn.MultiheadAttention(8, 2), x, x, x, is_causal=True)
+        >>> weights[0, 0].tolist()
+        [1.0, 0.0, 0.0]
+    """
+    module = _adapter_of(layer)
+    options = Options(is_causal, need_weights, average_attn_weights, fully_masked, mode, training=bool(layer.training))
+    answer: tuple[Any, Any] = module.attend(
+        layer, (query, key, value), key_padding_mask, attn_mask, options, [] if notes is None else notes
+    )
+    return answer
+
+
+def _adapter_of(layer: Any) -> ModuleType:
     roots = {base.__module__.partition(".")[0] for base in type(layer).__mro__}
     for framework in mapping.FRAMEWORKS:
         if mapping.table(framework)["framework"]["module"] in roots:
             module = adapter(framework)
             if module.is_layer(layer):
-                found: tuple[MHASpec, MHAWeights] = module.extract(layer)
-                return found
+                return module
     raise ArgumentTypeError(
         "layer",
         given=f"{type(layer).__module__}.{type(layer).__qualname__}",

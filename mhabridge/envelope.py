@@ -1,9 +1,9 @@
 """Where a framework's native layer can be trusted: the limits in mappings/, and how a call is held against them.
 
-A layer and a call are described by *features*, a fixed list of short names. A table's ``[[envelope]]`` entries name
-the features that
-the native layer of some versions cannot express or is known to answer wrongly, each with its reason. A call with such a
-feature is refused (until there is a composed form of it), never answered with a wrong number.
+A layer and a call are described by *features*, a fixed list of short names. A table's ``[[envelope]]`` entries name the
+features that the native layer of some versions cannot express or is known to answer wrongly, each with its reason.
+``lowering`` composes a call with such a feature from the framework's operations, or refuses it; it is never answered
+with a wrong number.
 
 This module also runs inside workers (Python 3.8).
 """
@@ -17,7 +17,6 @@ import numpy as np
 
 from mhabridge import mapping
 from mhabridge.calls import Call
-from mhabridge.errors import UnsupportedError
 from mhabridge.masks import Masks, Sizes
 from mhabridge.spec import MHASpec
 
@@ -31,12 +30,14 @@ class Limit:
         reason: what the native layer does instead, as measured.
         since: first version that does, or None for all before ``until``.
         until: first version that does not any more, or None.
+        composable: the framework's own operations can do it all the same.
     """
 
     feature: str
     reason: str
     since: str | None = None
     until: str | None = None
+    composable: bool = True
 
     def applies(self, version: str) -> bool:
         """Whether a version is in the limit's range."""
@@ -72,11 +73,16 @@ FEATURES: dict[str, Callable[[MHASpec, Call], bool]] = {
     "per_head_weights": lambda spec, call: call.need_weights and not call.average_attn_weights,
     "attn_weights_gradient": lambda spec, call: call.grad_attn_weights is not None,
     "mask_gradient": lambda spec, call: call.mask_grad,
-    "gradient_of_one_row": lambda spec, call: call.wants_grads and call.query.shape[:2] == (1, 1),
+    "gradient_of_one_row": lambda spec, call: (
+        call.wants_grads and len(call.query) == 1 and 1 in (call.query.shape[1], call.key.shape[1])
+    ),
     "empty": lambda spec, call: 0 in (*call.query.shape[:2], call.key.shape[1]),
     "empty_target": lambda spec, call: call.query.shape[1] == 0,
     "empty_source": lambda spec, call: call.key.shape[1] == 0,
     "fully_masked_nan": lambda spec, call: call.fully_masked == "nan" and bool(fully_masked(spec, call).any()),
+    "fully_masked_nan_without_projection": lambda spec, call: (
+        spec.out_proj_size == 0 and FEATURES["fully_masked_nan"](spec, call)
+    ),
     "fully_masked_zero": lambda spec, call: call.fully_masked == "zero" and bool(fully_masked(spec, call).any()),
     "fully_masked_gradient": lambda spec, call: call.wants_grads and bool(fully_masked(spec, call).any()),
 }
@@ -91,24 +97,3 @@ def limits(framework: str, version: str) -> list[Limit]:
 def violations(framework: str, version: str, spec: MHASpec, call: Call) -> list[Limit]:
     """The limits that a call goes beyond."""
     return [limit for limit in limits(framework, version) if FEATURES[limit.feature](spec, call)]
-
-
-def refuse(framework: str, version: str, spec: MHASpec, call: Call) -> None:
-    """Raise when the native layer cannot be trusted with a call.
-
-    Raises:
-        UnsupportedError: naming each feature and its reason; or for a composed form, which does not exist yet.
-    """
-    if call.mode == "composed":
-        raise UnsupportedError(
-            "mode", given="'composed'", expected="'auto' or 'native'", advice="Composed layers do not exist yet."
-        )
-    broken = violations(framework, version, spec, call)
-    if broken:
-        raise UnsupportedError(
-            ", ".join(limit.feature for limit in broken),
-            given=f"a call that {framework} {version}'s native layer does not answer rightly",
-            expected="a call inside its envelope",
-            advice=" ".join(f"{limit.feature}: {limit.reason}" for limit in broken)
-            + ' The "numpy" backend computes it in float64.',
-        )

@@ -100,8 +100,8 @@ def canonical(key_padding_mask: Any = None, attn_mask: Any = None, is_causal: bo
         [[False, True], [False, True]]
     """
     parts = [
-        _take_apart(key_padding_mask, "key_padding_mask", _padding_shape, sizes),
-        _take_apart(attn_mask, "attn_mask", _attention_shape, sizes),
+        _take_apart(key_padding_mask, "key_padding_mask", padding_shape, sizes),
+        _take_apart(attn_mask, "attn_mask", attention_shape, sizes),
     ]
     blocked = [part.blocked for part in parts if part is not None and part.blocked is not None]
     added = [part.added for part in parts if part is not None and part.added is not None]
@@ -284,7 +284,7 @@ def _take_apart(mask: Any, name: str, place: Any, sizes: Sizes) -> _Part | None:
     array = _as_mask(mask, name)
     shape = place(array, sizes)
     if array.dtype.kind in "biu":
-        return _Part(_blocked(array, name).reshape(shape), None, None)
+        return _Part(blocked_by(array, name).reshape(shape), None, None)
     values = dtypes.to_float64(array)
     if np.isnan(values).any() or np.isposinf(values).any():
         what = "NaN" if np.isnan(values).any() else "+inf"
@@ -315,7 +315,8 @@ def _as_mask(mask: Any, name: str) -> np.ndarray:
     )
 
 
-def _blocked(array: np.ndarray, name: str) -> np.ndarray:
+def blocked_by(array: np.ndarray, name: str) -> np.ndarray:
+    """What a bool or integer mask blocks."""
     if array.dtype.kind != "b" and array.dtype != np.uint8 and ((array != 0) & (array != 1)).any():
         wrong = array[(array != 0) & (array != 1)].flat[0]
         raise ArgumentError(
@@ -327,23 +328,27 @@ def _blocked(array: np.ndarray, name: str) -> np.ndarray:
     return np.asarray(array != 0)
 
 
-def _padding_shape(array: np.ndarray, sizes: Sizes) -> tuple[int, ...]:
+def padding_shape(array: Any, sizes: Sizes) -> tuple[int, ...]:
+    """The four axes of a key_padding_mask, if its shape is right."""
     expected = (sizes.batch, sizes.source) if sizes.batched else (sizes.source,)
-    if array.shape != expected:
+    if tuple(array.shape) != expected:
         letters = "(N, S)" if sizes.batched else "(S,)"
-        raise ArgumentError("key_padding_mask", given=f"shape {array.shape}", expected=f"{letters} = {expected}")
+        raise ArgumentError("key_padding_mask", given=f"shape {tuple(array.shape)}", expected=f"{letters} = {expected}")
     return (sizes.batch, 1, 1, sizes.source)
 
 
-def _attention_shape(array: np.ndarray, sizes: Sizes) -> tuple[int, ...]:
+def attention_shape(array: Any, sizes: Sizes) -> tuple[int, ...]:
+    """The four axes of an attn_mask, if its shape is right."""
     flat = (sizes.target, sizes.source)
     full = (sizes.batch * sizes.heads, *flat)
-    if array.shape == flat:
+    if tuple(array.shape) == flat:
         return (1, 1, *flat)
-    if array.shape == full:
+    if tuple(array.shape) == full:
         return (sizes.batch, sizes.heads, *flat)
     letters = "(N * H, L, S)" if sizes.batched else "(H, L, S)"
-    raise ArgumentError("attn_mask", given=f"shape {array.shape}", expected=f"(L, S) = {flat} or {letters} = {full}")
+    raise ArgumentError(
+        "attn_mask", given=f"shape {tuple(array.shape)}", expected=f"(L, S) = {flat} or {letters} = {full}"
+    )
 
 
 def _join(operation: Any, parts: list[np.ndarray]) -> np.ndarray | None:

@@ -70,6 +70,15 @@ def native_form(spec: MHASpec, dialect: str, version: str, turn: bool = False) -
         raise
 
 
+def unsayable(spec: MHASpec, dialect: str, version: str) -> dict[str, str]:
+    """Why a dialect cannot describe a layer: subject and reason; empty when it can."""
+    try:
+        native_form(spec, dialect, version, turn=True)
+    except UnsupportedError as error:
+        return {error.subject: f"{error.expected}."}
+    return {}
+
+
 def parameter_grads(layout: str, named: dict[str, np.ndarray], native: MHASpec, spec: MHASpec) -> dict[str, np.ndarray]:
     """Canonical parameter gradients from a layout's; those of stand-in zero biases are left out."""
     grads = MHAWeights.from_layout(layout, named, native).arrays()

@@ -232,12 +232,51 @@ def _backward(
     """The gradient of ``sum(grad_output * output) + sum(grad_attn_weights * attn_weights)``."""
     matmul = arithmetic.matmul
     grads: dict[str, np.ndarray] = {}
-    grad_output = _given(call.grad_output, forward.output, arithmetic)
+    if call.grad_output is None:
+        return _backward_of_weights(spec, parameters, arrays, call, forward, arithmetic)
+    grad_output = arithmetic.cast(call.grad_output)
     grad_projected = grad_output if forward.out_keep is None else grad_output * forward.out_keep
     grad_context = _linear_backward(grad_projected, forward.context, "out", spec, parameters, grads, matmul)
     grad_context = _split_heads(grad_context, spec.num_heads)
     grad_value = matmul(forward.attention.swapaxes(-1, -2), grad_context)
+    grad_value = _cut(grad_value, "bias_v", spec, grads)
+    grads["value"] = _project_backward(grad_value, arrays[2], "v", spec, parameters, grads, matmul)
     grad_attention = matmul(grad_context, forward.value.swapaxes(-1, -2)) + _returned(call, forward, arithmetic)
+    _backward_of_scores(grad_attention, spec, parameters, arrays, call, forward, grads, arithmetic)
+    if spec.residual:
+        grads["query"] = grads["query"] + grad_output
+    return grads
+
+
+def _backward_of_weights(
+    spec: MHASpec,
+    parameters: dict[str, np.ndarray],
+    arrays: tuple[np.ndarray, ...],
+    call: Call,
+    forward: _Forward,
+    arithmetic: Arithmetic,
+) -> dict[str, np.ndarray]:
+    """The loss does not see the output: nothing flows through it, not even the NaN of a fully masked row."""
+    names = {name for name in parameters if name.startswith(("v_", "out_")) or name == "bias_v"}
+    grads = {name: np.zeros_like(parameters[name]) for name in names}
+    grads["value"] = np.zeros_like(arrays[2])
+    grad_attention = np.broadcast_to(_returned(call, forward, arithmetic), forward.attention.shape)
+    _backward_of_scores(grad_attention, spec, parameters, arrays, call, forward, grads, arithmetic)
+    return grads
+
+
+def _backward_of_scores(
+    grad_attention: np.ndarray,
+    spec: MHASpec,
+    parameters: dict[str, np.ndarray],
+    arrays: tuple[np.ndarray, ...],
+    call: Call,
+    forward: _Forward,
+    grads: dict[str, np.ndarray],
+    arithmetic: Arithmetic,
+) -> None:
+    """From the attention weights back to the query, the key and the mask."""
+    matmul = arithmetic.matmul
     grad_p = grad_attention if forward.keep is None else grad_attention * forward.keep
     p = forward.probabilities
     grad_scores = p * (grad_p - (p * grad_p).sum(axis=-1, keepdims=True))
@@ -245,19 +284,10 @@ def _backward(
     grad_query = matmul(grad_scores, forward.key) * scale
     grad_key = matmul(grad_scores.swapaxes(-1, -2), forward.query) * scale
     grad_key = _cut(grad_key, "bias_k", spec, grads)
-    grad_value = _cut(grad_value, "bias_v", spec, grads)
     grads["query"] = _project_backward(grad_query, arrays[0], "q", spec, parameters, grads, matmul)
     grads["key"] = _project_backward(grad_key, arrays[1], "k", spec, parameters, grads, matmul)
-    grads["value"] = _project_backward(grad_value, arrays[2], "v", spec, parameters, grads, matmul)
-    if spec.residual:
-        grads["query"] = grads["query"] + grad_output
     if call.mask_grad:
         grads["mask"] = grad_scores[..., : grad_scores.shape[-1] - spec.extra_columns]
-    return grads
-
-
-def _given(grad: np.ndarray | None, like: np.ndarray, arithmetic: Arithmetic) -> np.ndarray:
-    return np.zeros_like(like) if grad is None else arithmetic.cast(grad)
 
 
 def _returned(call: Call, forward: _Forward, arithmetic: Arithmetic) -> Any:

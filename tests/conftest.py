@@ -26,6 +26,7 @@ DEFAULT = ",".join((mapping.REFERENCE, *mapping.FRAMEWORKS))
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--backends", default=DEFAULT, help="backends to run the conformance tests on")
+    parser.addoption("--sweep", type=int, default=600, help="how many cases tests/test_sweep.py runs on each backend")
     parser.addoption("--require", default="", help="backends without which the session fails")
 
 
@@ -61,6 +62,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     chosen = _names(metafunc.config, "--backends")
     if "backend_name" in metafunc.fixturenames:
         metafunc.parametrize("backend_name", chosen, scope="session", indirect=True)
+    if "chunk" in metafunc.fixturenames:
+        metafunc.parametrize("chunk", range(-(-metafunc.config.getoption("--sweep") // 25)))
     if "framework" in metafunc.fixturenames:
         metafunc.parametrize("framework", [n for n in chosen if n != "numpy"], scope="session", indirect=True)
 

@@ -172,6 +172,24 @@ print(report.ok, report.runs[0].reason)
     assert last.startswith("True") if first[2] > 1 else ("False" in last and "Start a new process" in last), done.stdout
 
 
+@pytest.mark.frameworks
+def test_ctrl_c_still_interrupts_after_mindspore_ran() -> None:
+    pytest.importorskip("mindspore", reason="MindSpore is not importable here")
+    code = """
+import os, signal, time
+signal.signal(signal.SIGINT, signal.default_int_handler)
+import mhabridge as mb
+assert mb.diff(mb.MHASpec(8, 2), ["mindspore"]).ok
+try:
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(5)
+except KeyboardInterrupt:
+    print("interrupted")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100)
+    assert done.stdout.strip().endswith("interrupted"), (done.returncode, done.stderr)
+
+
 @pytest.mark.parametrize("thing", [None, 3, "torch", np.zeros(2), object()])
 def test_what_is_no_layer_is_refused(thing: Any) -> None:
     with pytest.raises(ArgumentTypeError, match="native multi-head attention layer"):

@@ -1,7 +1,7 @@
-"""Every backend answers the same calls, and each answer is judged against the float64 reference.
+"""Every backend answers the same calls in each mode, and each answer is judged against the float64 reference.
 
-What a backend may refuse is listed in tests/refusals.toml; an unlisted refusal fails, and so does an answer to a
-listed call.
+What a native layer may refuse is listed in tests/refusals.toml; an unlisted refusal fails, and so does an answer to a
+listed call. ``auto`` and ``composed`` answer everything but the dtypes that the framework itself does not have.
 """
 
 from __future__ import annotations
@@ -34,8 +34,15 @@ def refusals() -> dict[str, dict[str, list[str]]]:
     return found
 
 
-def refused(name: str, kind: str, what: str) -> bool:
-    return what in refusals()[name][kind]
+MODES = ("auto", "native", "composed")
+
+
+def refused(name: str, mode: str, kind: str, what: str) -> bool:
+    """Whether a backend is to refuse a layer or call that has this spec, feature or dtype."""
+    lists = refusals()[name]
+    if kind == "dtypes" and what in lists["missing_dtypes"]:
+        return True
+    return mode == "native" and what in lists[kind]
 
 
 def answer(name: str, spec: MHASpec, weights: MHAWeights, arrays: Any, **call: Any) -> Result:
@@ -78,36 +85,54 @@ def framework_of(name: str) -> str:
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("name", list(SPECS))
 def test_forward(backend_name: str, name: str, mask: str) -> None:
+    """In mode "auto": native where the native layer can, composed where it cannot."""
     spec = spec_of(name)
-    result = check(backend_name, spec, refused(backend_name, "specs", name), **masks_of(mask, spec.num_heads))
-    if result is not None and backend_name != "numpy":
-        assert any(note.startswith("native") for note in result.notes)
+    result = check(backend_name, spec, **masks_of(mask, spec.num_heads))
+    assert result is not None
+    if backend_name != "numpy":
+        native = not refused(backend_name, "native", "specs", name)
+        assert result.notes[0].startswith("native" if native else "composed"), result.notes
 
 
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mask", ["none", "causal and padding", "padding bool and attn float", "attn per head float"])
+@pytest.mark.parametrize("name", list(SPECS))
+def test_modes(backend_name: str, name: str, mask: str, mode: str) -> None:
+    spec = spec_of(name)
+    refuse = refused(backend_name, mode, "specs", name)
+    result = check(backend_name, spec, refuse, mode=mode, **masks_of(mask, spec.num_heads))
+    if result is not None and backend_name != "numpy" and mode != "auto":
+        assert result.notes[0].startswith(mode)
+
+
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("mask", ["none", "causal and padding", "attn per head float"])
 @pytest.mark.parametrize("name", list(SPECS))
-def test_weights_of_each_head(backend_name: str, name: str, mask: str) -> None:
+def test_weights_of_each_head(backend_name: str, name: str, mask: str, mode: str) -> None:
     spec = spec_of(name)
-    refuse = refused(backend_name, "specs", name) or refused(backend_name, "features", "per_head_weights")
-    result = check(backend_name, spec, refuse, average_attn_weights=False, **masks_of(mask, spec.num_heads))
+    refuse = refused(backend_name, mode, "specs", name) or refused(backend_name, mode, "features", "per_head_weights")
+    result = check(backend_name, spec, refuse, mode=mode, average_attn_weights=False, **masks_of(mask, spec.num_heads))
     if result is not None:
         assert result.attn_weights is not None
         assert result.attn_weights.shape == (N, spec.num_heads, L, S + spec.extra_columns)
 
 
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("mask", ["none", "padding bool", "attn per head float"])
 @pytest.mark.parametrize("name", ["plain", "batch first", "kdim and vdim", "no bias"])
-def test_without_weights(backend_name: str, name: str, mask: str) -> None:
-    result = check(backend_name, spec_of(name), need_weights=False, **masks_of(mask))
+def test_without_weights(backend_name: str, name: str, mask: str, mode: str) -> None:
+    result = check(backend_name, spec_of(name), need_weights=False, mode=mode, **masks_of(mask))
     assert result is not None
     assert result.attn_weights is None
 
 
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float64"])
 @pytest.mark.parametrize("mask", ["none", "causal and padding", "attn float", "attn double"])
 @pytest.mark.parametrize("name", ["plain", "kdim and vdim", "no key bias"])
-def test_dtypes(backend_name: str, name: str, mask: str, dtype: str) -> None:
-    result = check(backend_name, spec_of(name, dtype=dtype), refused(backend_name, "dtypes", dtype), **masks_of(mask))
+def test_dtypes(backend_name: str, name: str, mask: str, dtype: str, mode: str) -> None:
+    spec = spec_of(name, dtype=dtype)
+    result = check(backend_name, spec, refused(backend_name, mode, "dtypes", dtype), mode=mode, **masks_of(mask))
     if result is not None and backend_name != "numpy":
         assert result.output.dtype.name == dtype
 
@@ -138,15 +163,16 @@ def test_non_contiguous_and_read_only_inputs(backend_name: str) -> None:
         np.testing.assert_array_equal(array, copy)
 
 
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("empty", ["N", "L", "S"])
-def test_empty(backend_name: str, empty: str) -> None:
+def test_empty(backend_name: str, empty: str, mode: str) -> None:
     spec = spec_of("plain", batch_first=True)
     n, target, source = (0 if empty == letter else size for letter, size in (("N", 2), ("L", 5), ("S", 7)))
     arrays = tuple(np.zeros((n, length, 16), np.float32) for length in (target, source, source))
-    refuse = refused(backend_name, "features", "empty")
-    refuse |= empty == "S" and refused(backend_name, "features", "empty_source")
-    refuse |= empty == "L" and refused(backend_name, "features", "empty_target")
-    check_on(backend_name, spec, MHAWeights.random(spec), arrays, refuse)
+    refuse = refused(backend_name, mode, "features", "empty")
+    refuse |= empty == "S" and refused(backend_name, mode, "features", "empty_source")
+    refuse |= empty == "L" and refused(backend_name, mode, "features", "empty_target")
+    check_on(backend_name, spec, MHAWeights.random(spec), arrays, refuse, mode=mode)
 
 
 def test_the_same_call_twice_gives_the_same_bits(backend_name: str) -> None:
@@ -168,18 +194,20 @@ def test_alternating_self_and_cross_attention(backend_name: str) -> None:
 # -- fully masked rows, large scores ---------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("policy", ["nan", "zero"])
 @pytest.mark.parametrize("need_weights", [True, False])
 @pytest.mark.parametrize("which", ["a row", "one head of a row", "a whole batch by padding"])
-def test_fully_masked_rows(backend_name: str, which: str, need_weights: bool, policy: str) -> None:
+def test_fully_masked_rows(backend_name: str, which: str, need_weights: bool, policy: str, mode: str) -> None:
     call: dict[str, Any] = {"attn_mask": np.zeros((N * 4, L, S), bool)}
     call["attn_mask"][1, 2] = True
     if which == "a row":
         call["attn_mask"][:, 2] = True
     if which == "a whole batch by padding":
         call = {"key_padding_mask": np.array([[True] * S, [False] * S])}
-    refuse = refused(backend_name, "features", f"fully_masked_{policy}")
-    result = check(backend_name, spec_of("plain"), refuse, fully_masked=policy, need_weights=need_weights, **call)
+    refuse = refused(backend_name, mode, "features", f"fully_masked_{policy}")
+    options = {"fully_masked": policy, "need_weights": need_weights, "mode": mode}
+    result = check(backend_name, spec_of("plain"), refuse, **options, **call)
     if result is not None:
         assert np.isnan(result.output).any() == (policy == "nan")
 
@@ -187,7 +215,17 @@ def test_fully_masked_rows(backend_name: str, which: str, need_weights: bool, po
 def test_fully_masked_rows_are_open_with_extra_columns(backend_name: str) -> None:
     for name in ("bias_kv", "zero_attn"):
         mask = np.ones((L, S), bool)
-        check(backend_name, spec_of(name), refused(backend_name, "specs", name), attn_mask=mask)
+        for mode in MODES:
+            refuse = refused(backend_name, mode, "specs", name)
+            check(backend_name, spec_of(name), refuse, mode=mode, attn_mask=mask)
+
+
+def test_the_whole_row_is_nan_without_an_output_projection(backend_name: str) -> None:
+    mask = np.zeros((N * 4, L, S), bool)
+    mask[1, 2] = True  # one head
+    result = check(backend_name, spec_of("no output projection"), attn_mask=mask)
+    assert result is not None
+    assert int(np.isnan(result.output).sum()) == 16
 
 
 def test_fully_masked_rows_by_policy_error_never_reach_a_backend(backend_name: str) -> None:
@@ -197,52 +235,60 @@ def test_fully_masked_rows_by_policy_error_never_reach_a_backend(backend_name: s
         check(backend_name, spec_of("plain"), attn_mask=mask, fully_masked="error")
 
 
+@pytest.mark.parametrize("mode", ["auto", "composed"])
 @pytest.mark.parametrize("factor", [30.0, 300.0])
-def test_large_scores_are_right(backend_name: str, factor: float) -> None:
+def test_large_scores_are_right(backend_name: str, factor: float, mode: str) -> None:
     spec = spec_of("plain")
     weights, arrays = material(spec)
     large = tuple(array * np.float32(factor) for array in arrays)
-    check_on(backend_name, spec, weights, large)
+    check_on(backend_name, spec, weights, large, mode=mode)
 
 
-def test_a_soft_mask_over_a_whole_row_is_right_or_refused(backend_name: str) -> None:
+@pytest.mark.parametrize("mode", MODES)
+def test_a_soft_mask_over_a_whole_row_is_right_or_refused(backend_name: str, mode: str) -> None:
     mask = np.zeros((L, S), np.float32)
     mask[2] = -1e9
-    check(backend_name, spec_of("plain"), framework_of(backend_name) == "megengine", attn_mask=mask)
+    refuse = framework_of(backend_name) == "megengine" and mode == "native"
+    check(backend_name, spec_of("plain"), refuse, mode=mode, attn_mask=mask)
 
 
 # -- gradients -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("mask", ["none", "causal and padding", "attn float", "padding float and attn bool"])
 @pytest.mark.parametrize("name", list(SPECS))
-def test_gradients(backend_name: str, name: str, mask: str) -> None:
+def test_gradients(backend_name: str, name: str, mask: str, mode: str) -> None:
     spec = spec_of(name)
     grad = np.random.default_rng(4).standard_normal(output_shape(spec)).astype(np.float32)
-    refuse = refused(backend_name, "specs", name)
-    refuse |= "float" in mask and refused(backend_name, "features", "mask_gradient")
-    check(backend_name, spec, refuse, grad_output=grad, **masks_of(mask, spec.num_heads))
+    refuse = refused(backend_name, mode, "specs", name)
+    refuse |= "float" in mask and refused(backend_name, mode, "features", "mask_gradient")
+    check(backend_name, spec, refuse, mode=mode, grad_output=grad, **masks_of(mask, spec.num_heads))
 
 
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("average", [True, False])
 @pytest.mark.parametrize("name", ["plain", "batch first", "kdim and vdim"])
-def test_gradients_through_the_weights(backend_name: str, name: str, average: bool) -> None:
+def test_gradients_through_the_weights(backend_name: str, name: str, average: bool, mode: str) -> None:
     spec = spec_of(name)
     rng = np.random.default_rng(4)
     grad = rng.standard_normal((N, L, S) if average else (N, 4, L, S)).astype(np.float32)
-    refuse = refused(backend_name, "features", "attn_weights_gradient")
-    refuse |= not average and refused(backend_name, "features", "per_head_weights")
+    refuse = refused(backend_name, mode, "features", "attn_weights_gradient")
+    refuse |= not average and refused(backend_name, mode, "features", "per_head_weights")
+    options = {"grad_attn_weights": grad, "average_attn_weights": average, "mode": mode}
     both = {"grad_output": rng.standard_normal(output_shape(spec)).astype(np.float32)}
     for more in ({}, both):
-        check(backend_name, spec, refuse, grad_attn_weights=grad, average_attn_weights=average, **more)
+        check(backend_name, spec, refuse, **options, **more)
 
 
-def test_gradients_of_fully_masked_rows(backend_name: str) -> None:
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("policy", ["nan", "zero"])
+def test_gradients_of_fully_masked_rows(backend_name: str, policy: str, mode: str) -> None:
     mask = np.zeros((L, S), bool)
     mask[1] = True
     grad = np.ones((L, N, 16), np.float32)
-    refuse = any(refused(backend_name, "features", f"fully_masked_{which}") for which in ("gradient", "nan"))
-    check(backend_name, spec_of("plain"), refuse, attn_mask=mask, grad_output=grad)
+    refuse = any(refused(backend_name, mode, "features", f"fully_masked_{which}") for which in ("gradient", policy))
+    check(backend_name, spec_of("plain"), refuse, mode=mode, fully_masked=policy, attn_mask=mask, grad_output=grad)
 
 
 def test_gradients_in_any_order_of_shapes(backend_name: str) -> None:
@@ -252,22 +298,34 @@ def test_gradients_in_any_order_of_shapes(backend_name: str) -> None:
         weights = MHAWeights.random(spec)
         arrays = tuple(random_inputs(spec, batch=batch, target=target, source=source).values())
         grad = np.random.default_rng(0).standard_normal((target, batch, embed)).astype(np.float32)
-        refuse = (batch, target) == (1, 1) and refused(backend_name, "features", "gradient_of_one_row")
-        check_on(backend_name, spec, weights, arrays, refuse, grad_output=grad)
+        for mode in MODES:
+            refuse = (batch, target) == (1, 1) and refused(backend_name, mode, "features", "gradient_of_one_row")
+            check_on(backend_name, spec, weights, arrays, refuse, mode=mode, grad_output=grad)
 
 
 # -- dropout ---------------------------------------------------------------------------------------------------------
 
 
-def test_dropout_only_in_training(backend_name: str) -> None:
+@pytest.mark.parametrize("mode", MODES)
+def test_dropout_only_in_training(backend_name: str, mode: str) -> None:
     spec = spec_of("plain", dropout=0.5)
-    result = check(backend_name, spec)
+    result = check(backend_name, spec, mode=mode)
     assert result is not None
     weights, arrays = material(spec)
-    trained = answer(backend_name, spec, weights, arrays, training=True)
+    trained = answer(backend_name, spec, weights, arrays, training=True, mode=mode)
     assert trained.attn_weights is not None
     assert result.attn_weights is not None
     assert not np.allclose(trained.attn_weights, result.attn_weights)
+    gone = trained.attn_weights == 0.0  # the average over four heads: each gone with probability 1/16
+    assert gone.mean() < 0.5
+
+
+@pytest.mark.parametrize("mode", ["auto", "composed"])
+def test_dropout_of_one_leaves_the_bias(backend_name: str, mode: str) -> None:
+    spec = spec_of("plain", dropout=1.0)
+    weights, arrays = material(spec)
+    trained = answer(backend_name, spec, weights, arrays, training=True, mode=mode)
+    np.testing.assert_array_equal(trained.output, np.broadcast_to(weights.out_bias, trained.output.shape))
 
 
 # The native classes that know one axis order only.
@@ -299,7 +357,7 @@ def test_build_then_extract_is_bit_exact(framework: str, name: str, dtype: str) 
     functional_only = framework == "megengine" and "projection" in name
     holds = {"bfloat16": framework_of(framework) != "megengine", "float64": framework_of(framework) != "megengine"}
     no_such_dtype = not holds.get(dtype, True) or (framework == "mindspore@2.0.0" and dtype != "float32")
-    if refused(framework, "specs", name) or functional_only or no_such_dtype:
+    if refused(framework, "native", "specs", name) or functional_only or no_such_dtype:
         with pytest.raises(UnsupportedError):
             backend(framework).call("rebuild", payload)
         return
@@ -374,11 +432,6 @@ def test_weights_of_another_layer_are_refused(backend_name: str) -> None:
         answer(backend_name, spec, MHAWeights.random(spec.replace(kdim=6)), arrays)
 
 
-def test_composed_is_refused_until_it_exists(framework: str) -> None:
-    with pytest.raises(UnsupportedError, match="composed"):
-        check(framework, spec_of("plain"), mode="composed")
-
-
 def test_every_refusal_listed_is_a_feature_or_spec_that_exists() -> None:
     from mhabridge.envelope import FEATURES
 
@@ -386,3 +439,4 @@ def test_every_refusal_listed_is_a_feature_or_spec_that_exists() -> None:
         assert framework_of(name) in (*mapping.FRAMEWORKS, mapping.REFERENCE)
         assert set(lists["specs"]) <= set(SPECS)
         assert set(lists["features"]) <= set(FEATURES)
+        assert set(lists["missing_dtypes"]) <= set(lists["dtypes"])

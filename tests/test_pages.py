@@ -55,7 +55,7 @@ def test_an_example_prints_what_it_says(page: str, code: str) -> None:
 
 
 def test_there_is_an_example_of_each_use() -> None:
-    assert len(blocks("python")) == 3
+    assert len(blocks("python")) == 4
     assert [line.split()[:2] for line in commands()] == [
         ["mhabridge", "mapping"],
         ["mhabridge", "backends"],
@@ -80,8 +80,7 @@ def test_the_short_table_says_what_the_long_one_says() -> None:
     features = {example.title: feature for feature, example in support.EXAMPLES.items()}
     for row in rows:
         title, *cells = row.split(" | ")
-        refusals = [support.refusal(name, newest, features[title]) for name, newest in columns.items()]
-        assert cells == ["refused" if refusal else "native" for refusal in refusals], title
+        assert cells == [support.form(name, newest, features[title]).kind for name, newest in columns.items()], title
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -16,14 +16,13 @@ import numpy as np
 
 from mhabridge import dtypes, mapping, masks
 from mhabridge.calls import Call, Result
+from mhabridge.checks import check_flag, check_mode, check_shapes, sizes_of
 from mhabridge.errors import ArgumentError, ArgumentTypeError, BackendError, MHABridgeError, UnsupportedError
 from mhabridge.spec import MHASpec
 from mhabridge.weights import MHAWeights
 
 if TYPE_CHECKING:
     from mhabridge.backends import Backend
-
-MODES = ("auto", "native", "composed")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,14 +145,13 @@ def prepare(
     arrays = {"query": query, "key": key, "value": value}
     for name, array in arrays.items():
         _check_array(array, name, spec, any_dtype)
-    batched = _check_shapes(spec, query, key, value)
+    batched = check_shapes(spec, query, key, value)
     flags = {"need_weights": need_weights, "average_attn_weights": average_attn_weights, "training": training}
     for name, flag in flags.items():
-        _check_flag(flag, name)
-    if mode not in MODES:
-        raise ArgumentError("mode", given=repr(mode), expected="one of " + ", ".join(MODES))
+        check_flag(flag, name)
+    check_mode(mode)
     masks.check_policy(fully_masked)
-    sizes = _sizes(spec, query, key, batched)
+    sizes = sizes_of(spec, query, key, batched)
     canonical_masks = masks.canonical(key_padding_mask, attn_mask, is_causal, sizes=sizes)
     dead = canonical_masks.fully_masked(spec.extra_columns)
     if fully_masked == "error":
@@ -207,47 +205,6 @@ def _check_array(array: Any, name: str, spec: MHASpec, any_dtype: bool) -> None:
             expected=f"{spec.dtype}, the dtype of the spec",
             advice="Convert one of the two on purpose; mhabridge never changes a dtype by itself.",
         )
-
-
-def _check_shapes(spec: MHASpec, query: np.ndarray, key: np.ndarray, value: np.ndarray) -> bool:
-    """Whether the call is batched, once its three shapes are known to fit."""
-    if query.ndim not in (2, 3):
-        letters = "(L, E), or (N, L, E)" if spec.batch_first else "(L, E), or (L, N, E)"
-        raise ArgumentError("query", given=f"shape {query.shape}", expected=f"two or three axes: {letters}")
-    features = {"query": spec.embed_dim, "key": spec.key_features, "value": spec.value_features}
-    for name, array in (("query", query), ("key", key), ("value", value)):
-        if array.ndim != query.ndim:
-            raise ArgumentError(name, given=f"shape {array.shape}", expected=f"{query.ndim} axes, as the query has")
-        if array.shape[-1] != features[name]:
-            raise ArgumentError(
-                name, given=f"{array.shape[-1]} features (shape {array.shape})", expected=f"{features[name]} features"
-            )
-    batched = query.ndim == 3
-    if key.shape[:-1] != value.shape[:-1]:
-        raise ArgumentError(
-            "value", given=f"shape {value.shape} with a key of {key.shape}", expected="as many positions as the key"
-        )
-    axis = 0 if spec.batch_first else 1
-    if batched and key.shape[axis] != query.shape[axis]:
-        raise ArgumentError(
-            "key",
-            given=f"batch {key.shape[axis]} with a query of batch {query.shape[axis]}",
-            expected="the same batch",
-            advice=f"With batch_first={spec.batch_first} the batch is axis {axis}.",
-        )
-    return batched
-
-
-def _check_flag(value: Any, name: str) -> None:
-    if not isinstance(value, (bool, np.bool_)):
-        raise ArgumentTypeError(name, given=repr(value), expected="True or False")
-
-
-def _sizes(spec: MHASpec, query: np.ndarray, key: np.ndarray, batched: bool) -> masks.Sizes:
-    if not batched:
-        return masks.Sizes(1, spec.num_heads, query.shape[0], key.shape[0], False)
-    batch, length = (0, 1) if spec.batch_first else (1, 0)
-    return masks.Sizes(query.shape[batch], spec.num_heads, query.shape[length], key.shape[length])
 
 
 def _check_grads(

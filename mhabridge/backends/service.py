@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mhabridge.calls import Call, Result
+from mhabridge import lowering
+from mhabridge.calls import Call
 from mhabridge.errors import BackendError
 from mhabridge.spec import MHASpec
 from mhabridge.weights import MHAWeights
@@ -78,8 +79,7 @@ def describe(framework: str, payload: dict[str, Any]) -> dict[str, Any]:
 def run(framework: str, payload: dict[str, Any]) -> dict[str, Any]:
     """One canonical call: ``spec``, ``weights`` and ``call`` as trees; a result as one."""
     spec, weights = MHASpec.from_dict(payload["spec"]), MHAWeights.from_tree(payload["weights"])
-    result: Result = adapter(framework).run(spec, weights, Call.from_tree(payload["call"]))
-    return result.to_tree()
+    return lowering.run(adapter(framework), spec, weights, Call.from_tree(payload["call"])).to_tree()
 
 
 def rebuild(framework: str, payload: dict[str, Any]) -> dict[str, Any]:

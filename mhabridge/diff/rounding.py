@@ -165,7 +165,9 @@ def noisy(expected: Accuracy, rng: np.random.Generator) -> Arithmetic:
     unit, sums = dtypes.UNIT_ROUNDOFF[expected.dtype], dtypes.UNIT_ROUNDOFF[expected.sums]
 
     def store(values: np.ndarray) -> np.ndarray:
-        error = unit * rng.uniform(-1.0, 1.0, values.shape)
+        # Two units: with one, a softmax of exactly 1 would keep its value in most samples, and hide how its rounding
+        # spoils a gradient that cancels.
+        error = 2.0 * unit * rng.uniform(-1.0, 1.0, values.shape)
         return dtypes.round_to(dtypes.to_float64(values) * (1.0 + error), expected.dtype)
 
     def matmul(a: np.ndarray, b: np.ndarray) -> np.ndarray:

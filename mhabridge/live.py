@@ -1,0 +1,216 @@
+"""One call on live tensors: what ``mb.attend`` and the drop-in layers do, with the framework's own operations.
+
+The masks are merged and the policy for fully masked rows is applied on the tensors' own device, without looking at
+their values; only the policy "error" and masks of wide integers (which must hold 0 and 1 only) look.
+
+This module also runs inside workers (Python 3.8).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+
+from mhabridge import composed, dtypes, masks
+from mhabridge.calls import Call
+from mhabridge.checks import check_flag, check_mode, check_shapes, sizes_of
+from mhabridge.composed import Ops, Tensor
+from mhabridge.errors import ArgumentError, ArgumentTypeError, UnsupportedError
+from mhabridge.spec import MHASpec
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What a call asks for, beside its tensors.
+
+    Args:
+        is_causal: block j > i too.
+        need_weights: return the attention weights.
+        average_attn_weights: averaged over heads.
+        fully_masked: "nan", "zero" or "error".
+        mode: "auto", "native" or "composed".
+        training: dropout is active.
+    """
+
+    is_causal: bool = False
+    need_weights: bool = True
+    average_attn_weights: bool = True
+    fully_masked: str = "nan"
+    mode: str = "auto"
+    training: bool = False
+
+    def check(self) -> None:
+        """Raise for a flag that is none, an unknown mode or an unknown policy."""
+        for name in ("is_causal", "need_weights", "average_attn_weights", "training"):
+            check_flag(getattr(self, name), name)
+        check_mode(self.mode)
+        masks.check_policy(self.fully_masked)
+
+
+@dataclasses.dataclass(frozen=True)
+class Traits:
+    """What a live layer has beyond its spec and weights.
+
+    Args:
+        training: dropout is active.
+        trainable: whether each parameter, by canonical name, takes part in training.
+        device: the kind of device that it is on: "cpu" or "gpu".
+    """
+
+    training: bool
+    trainable: dict[str, bool]
+    device: str = "cpu"
+
+    def all_alike(self, names: list[str], target: str) -> bool:
+        """Whether parameters that a framework packs into one take part in training.
+
+        Raises:
+            UnsupportedError: some do and some do not.
+        """
+        found = {self.trainable[name] for name in names}
+        if len(found) > 1:
+            frozen = [name for name in names if not self.trainable[name]]
+            raise UnsupportedError(
+                ", ".join(frozen),
+                given="frozen, while others that are packed with them are not",
+                expected=f"all of {', '.join(names)} alike: {target} is one parameter",
+                advice="Freeze or unfreeze them together first.",
+            )
+        return found.pop() if found else True
+
+
+def attend(
+    ops: Ops,
+    spec: MHASpec,
+    parameters: dict[str, Tensor],
+    inputs: tuple[Any, Any, Any],
+    key_padding_mask: Any,
+    attn_mask: Any,
+    options: Options,
+) -> tuple[Tensor, Tensor | None]:
+    """Output and attention weights (or None) in the user's shapes, composed.
+
+    Args:
+        ops: the framework's operations.
+        spec: the layer.
+        parameters: its tensors, by canonical name.
+        inputs: query, key and value in the spec's axis order, or unbatched.
+        key_padding_mask: (N, S), or (S,) unbatched; bool, integer or float; or None.
+        attn_mask: (L, S) or (N * H, L, S); likewise.
+        options: what is asked for.
+
+    Raises:
+        ArgumentError: a shape, a dtype or an option that is wrong.
+        ArgumentTypeError: not a tensor of this framework.
+    """
+    batched = check(ops, spec, inputs, options)
+    sizes = sizes_of(spec, inputs[0], inputs[1], batched)
+    mask = merged(ops, spec, sizes, key_padding_mask, attn_mask, options)
+    if mask is not None:
+        refuse_fully_masked(ops, spec, sizes, mask, options)
+    tensors = dict(zip(("query", "key", "value"), (_canonical(ops, spec, x, batched) for x in inputs)), **parameters)
+    if mask is not None:
+        tensors["mask"] = mask
+    output, attention = composed.forward(ops, spec, tensors, _call(options))
+    output = _restored(ops, spec, output, batched)
+    if not options.need_weights:
+        return output, None
+    return output, attention if batched else ops.reshape(attention, tuple(int(n) for n in attention.shape[1:]))
+
+
+def check(ops: Ops, spec: MHASpec, inputs: tuple[Any, Any, Any], options: Options) -> bool:
+    """Whether the call is batched, once all but the masks is known to be right."""
+    options.check()
+    for name, tensor in zip(("query", "key", "value"), inputs):
+        if not ops.is_tensor(tensor):
+            raise ArgumentTypeError(
+                name,
+                given=f"{type(tensor).__module__}.{type(tensor).__name__}",
+                expected=f"a tensor of {ops.framework}",
+                advice="mb.backend(...).run takes NumPy arrays.",
+            )
+        found = ops.dtype(tensor)
+        if found not in dtypes.FLOATS:
+            raise ArgumentTypeError(name, given=found, expected="one of " + ", ".join(dtypes.FLOATS))
+        if found != spec.dtype and not ops.casts():
+            raise ArgumentError(name, given=found, expected=f"{spec.dtype}, as the layer's weights have")
+    return check_shapes(spec, *inputs)
+
+
+def refuse_fully_masked(ops: Ops, spec: MHASpec, sizes: masks.Sizes, mask: Tensor, options: Options) -> None:
+    """With the policy "error", look at the mask, and raise for a row without any open position."""
+    if options.fully_masked != "error" or spec.extra_columns or not sizes.source:
+        return
+    dead = np.isneginf(dtypes.to_float64(ops.numpy(mask))).all(axis=-1)
+    masks.refuse_fully_masked(np.broadcast_to(dead, (sizes.batch, sizes.heads, sizes.target)))
+
+
+def merged(
+    ops: Ops, spec: MHASpec, sizes: masks.Sizes, key_padding_mask: Any, attn_mask: Any, options: Options
+) -> Tensor | None:
+    """All masks as one additive tensor of the layer's dtype, four axes, or None."""
+    parts = []
+    if key_padding_mask is not None:
+        shape = masks.padding_shape(_checked(ops, key_padding_mask, "key_padding_mask"), sizes)
+        parts.append(ops.reshape(_additive(ops, key_padding_mask, "key_padding_mask", spec), shape))
+    if attn_mask is not None:
+        shape = masks.attention_shape(_checked(ops, attn_mask, "attn_mask"), sizes)
+        parts.append(ops.reshape(_additive(ops, attn_mask, "attn_mask", spec), shape))
+    if options.is_causal:
+        blocked = np.triu(np.ones((1, 1, sizes.target, sizes.source), bool), k=1)
+        parts.append(ops.constant(np.where(blocked, -np.inf, 0.0), spec.dtype))
+    if not parts:
+        return None
+    total = parts[0]
+    for part in parts[1:]:
+        total = total + part
+    shape = tuple(int(size) for size in total.shape)
+    return ops.broadcast(total, (*shape[:2], sizes.target, sizes.source))
+
+
+def _checked(ops: Ops, mask: Any, name: str) -> Any:
+    if ops.is_tensor(mask):
+        return mask
+    raise ArgumentTypeError(
+        name, given=f"{type(mask).__module__}.{type(mask).__name__}", expected=f"a tensor of {ops.framework}"
+    )
+
+
+def _additive(ops: Ops, mask: Any, name: str, spec: MHASpec) -> Tensor:
+    kind = ops.dtype(mask)
+    if kind in dtypes.FLOATS:
+        return ops.narrow(mask, spec.dtype)
+    if kind not in ("bool", "uint8", "int8", "int16", "int32", "int64", "uint16", "uint32", "uint64"):
+        raise ArgumentTypeError(name, given=kind, expected="bool, integers or " + ", ".join(dtypes.FLOATS))
+    if kind not in ("bool", "uint8"):
+        masks.blocked_by(ops.numpy(mask), name)  # refuses other integers than 0 and 1
+    return ops.blocked(mask, spec.dtype)
+
+
+def _canonical(ops: Ops, spec: MHASpec, x: Tensor, batched: bool) -> Tensor:
+    """To (N, L, E)."""
+    if not batched:
+        return ops.reshape(x, (1, *(int(size) for size in x.shape)))
+    return x if spec.batch_first else ops.transpose(x, (1, 0, 2))
+
+
+def _restored(ops: Ops, spec: MHASpec, x: Tensor, batched: bool) -> Tensor:
+    if not batched:
+        return ops.reshape(x, tuple(int(size) for size in x.shape[1:]))
+    return x if spec.batch_first else ops.transpose(x, (1, 0, 2))
+
+
+def _call(options: Options) -> Call:
+    nothing = np.zeros((0, 0, 0))
+    policy = "zero" if options.fully_masked == "zero" else "nan"
+    return Call(
+        nothing,
+        nothing,
+        nothing,
+        need_weights=options.need_weights,
+        average_attn_weights=options.average_attn_weights,
+        fully_masked=policy,
+        training=options.training,
+    )
