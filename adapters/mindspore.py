@@ -354,6 +354,13 @@ def attend(
     spec = _spec(layer)
     sizes = sizes_of(spec, inputs[0], inputs[1], live.check(OPS, spec, inputs, options))
     empty = 0 in (sizes.batch, sizes.target, sizes.source)
+    if sizes.source == 0 and not spec.extra_columns and sizes.batch * sizes.target:
+        raise UnsupportedError(
+            "key, value",
+            given="no source position",
+            expected="at least one",
+            advice="A product over none is left unwritten in MindSpore 2.10; the output would be the out bias.",
+        )
     masked = key_padding_mask is not None or attn_mask is not None or options.is_causal
     reason = _why_composed(spec, sizes, options, masked and not empty)
     if reason and options.mode == "native":

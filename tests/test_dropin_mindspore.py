@@ -303,12 +303,20 @@ def test_empty_calls() -> None:
     spec = spec_of("plain", batch_first=True)
     weights, _ = material(spec)
     layer = layer_of(spec, weights)
-    for n, target, source in ((0, 5, 7), (2, 0, 7), (2, 5, 0)):
+    for n, target, source in ((0, 5, 7), (2, 0, 7)):
         arrays = tuple(np.zeros((n, length, 16), np.float32) for length in (target, source, source))
         for call in ({}, {"attn_mask": np.ones((target, source), bool), "is_causal": True}):
             hold(answer("pynative", layer, arrays, call), spec, weights, arrays, **call)
         with pytest.raises(ArgumentError, match="attn_mask"):
             layer(*(tensor(array) for array in arrays), attn_mask=tensor(np.ones((3, 3), bool)))
+
+
+def test_no_source_position_is_refused() -> None:
+    """MindSpore leaves the product over none unwritten, so there is no honest answer to give."""
+    layer = layer_of(spec_of("plain", batch_first=True), material(spec_of("plain"))[0])
+    query, none = tensor(np.zeros((2, 5, 16), np.float32)), tensor(np.zeros((2, 0, 16), np.float32))
+    with pytest.raises(UnsupportedError, match="no source position"):
+        layer(query, none, none)
 
 
 # -- refusals ----------------------------------------------------------------------------------------------------------
