@@ -83,7 +83,8 @@ docs: $(SETUP)
 test-versions: setup
 	$(BIN)/mhabridge backends install torch@1.8.1
 	$(BIN)/mhabridge backends install mindspore@2.0.0
-	$(BIN)/python -m pytest tests/test_conformance.py tests/test_diff.py tests/test_signatures.py tests/test_support.py \
+	$(BIN)/python -m pytest tests/test_conformance.py tests/test_sweep.py tests/test_training.py tests/test_diff.py \
+		tests/test_signatures.py tests/test_support.py \
 		--backends $(OLD) --require $(OLD)
 	@command -v sshd >/dev/null || test -x /usr/sbin/sshd || { echo 'No sshd: install openssh-server for the ssh tests'; exit 2; }
 	$(BIN)/python -m pytest tests/test_ssh.py

@@ -146,7 +146,7 @@ def test_random_masks_leave_every_row_open(name: str) -> None:
 def test_every_backend_agrees(framework: str, masks: str, dtype: str) -> None:
     spec = SPEC.replace(dtype=dtype)
     report = mb.diff(spec, ["numpy", framework], grads=True, average_attn_weights=True, **random_masks(masks, spec))
-    if dtype == "float16" and framework in ("torch@1.8.1", "mindspore@2.0.0"):
+    if dtype == "float16" and framework == "torch@1.8.1":  # it has no half precision on a CPU
         assert [run.status for run in report.runs] == ["answered", "refused"]
         return
     assert report.ok, report.to_json()
