@@ -7,6 +7,7 @@ from types import ModuleType
 from typing import Any
 
 from mhabridge import mapping
+from mhabridge.checks import check_mode
 from mhabridge.errors import ArgumentError, ArgumentTypeError, BackendError, UnsupportedError
 from mhabridge.live import Options
 from mhabridge.spec import MHASpec
@@ -160,7 +161,7 @@ def build(
         spec: what to build.
         framework: "torch", "mindspore" or "megengine"; with a version ("torch@2.13.0") only if that is the one here.
         weights: its parameters; None keeps the framework's own initial values.
-        mode: "auto" or "native": the framework's own class, or UnsupportedError. ("composed" layers do not exist yet.)
+        mode: "auto" or "native": the framework's own class, or UnsupportedError. ("composed": see the drop-ins.)
         device: where the framework shall put it; None for its default.
         notes: a list that is filled with what the native layer has beyond the spec, such as a bias of zeros.
 
@@ -186,15 +187,15 @@ def build(
     return module.build(spec, weights, device=device, notes=notes)
 
 
+_DROPINS = "mhabridge.adapters.<framework>.MultiheadAttention is the composed layer, with PyTorch's constructor."
+
+
 def _check_build(spec: Any, weights: Any, mode: str) -> None:
     if not isinstance(spec, MHASpec):
         raise ArgumentTypeError("spec", given=type(spec).__name__, expected="an MHASpec")
-    if mode not in ("auto", "native", "composed"):
-        raise ArgumentError("mode", given=repr(mode), expected="auto, native or composed")
+    check_mode(mode)
     if mode == "composed":
-        raise UnsupportedError(
-            "mode", given="'composed'", expected="'auto' or 'native'", advice="Composed layers do not exist yet."
-        )
+        raise UnsupportedError("mode", given="'composed'", expected="'auto' or 'native'", advice=_DROPINS)
     if weights is None:
         return
     if not isinstance(weights, MHAWeights):
