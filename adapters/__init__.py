@@ -1,4 +1,4 @@
-"""One module for each framework, with the same public names in each; the only place where a framework is imported."""
+"""One module or package for each framework, the same public names in each; only here are frameworks imported."""
 
 if __name__ != "mhabridge.adapters":
     raise ImportError(f"import mhabridge.adapters, not {__name__}")

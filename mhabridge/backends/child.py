@@ -21,9 +21,9 @@ TRACEBACK_CHARACTERS = 4000
 class Importer(importlib.abc.MetaPathFinder, importlib.abc.InspectLoader):
     """Imports modules from their sources in memory; ``get_source`` lets tracebacks show their lines."""
 
-    def __init__(self, sources: dict[str, str], packages: list[str]) -> None:
+    def __init__(self, sources: dict[str, str]) -> None:
         self.sources = sources
-        self.packages = packages
+        self.packages = {name.rpartition(".")[0] for name in sources}
 
     def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> Any:
         """Found here, or refused here: never half of an mhabridge that happens to be installed."""
@@ -36,7 +36,7 @@ class Importer(importlib.abc.MetaPathFinder, importlib.abc.InspectLoader):
         return None
 
     def is_package(self, fullname: str) -> bool:
-        """Whether the module is a package."""
+        """Whether the module is a package: others lie in it."""
         return fullname in self.packages
 
     def get_source(self, fullname: str) -> str:
@@ -51,7 +51,7 @@ class Importer(importlib.abc.MetaPathFinder, importlib.abc.InspectLoader):
 def main(channel: Any) -> None:
     """Take over what the parent hands over, then answer calls until the parent closes the channel."""
     given = channel.receive()
-    sys.meta_path.insert(0, Importer(given["modules"], given["packages"]))
+    sys.meta_path.insert(0, Importer(given["modules"]))
 
     from mhabridge import mapping
     from mhabridge.backends import line, wire

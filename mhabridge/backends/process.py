@@ -149,7 +149,6 @@ class Process:
         self._put, self._get = channel.send, channel.receive
         given = {
             "modules": {**shipping.sources(self.place.framework), **extra_modules},
-            "packages": list(shipping.PACKAGES),
             "tables": mapping.tables(),
             "framework": self.place.framework,
         }

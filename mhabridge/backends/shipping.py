@@ -13,10 +13,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-PACKAGES = ("mhabridge", "mhabridge.adapters", "mhabridge.backends")
 # Every module that may run in a worker; a framework's own adapter comes on top. All work on Python 3.8 and NumPy 1.23.
 WORKER_MODULES = (
-    *PACKAGES,
+    "mhabridge",
+    "mhabridge.adapters",
+    "mhabridge.backends",
     "mhabridge.backends.line",
     "mhabridge.backends.service",
     "mhabridge.backends.wire",
@@ -50,7 +51,7 @@ _SSH = ("ssh", "-T", "-o", "BatchMode=yes", "-o", "ConnectTimeout=10", "-o", "Se
 
 def sources(framework: str) -> dict[str, str]:
     """The sources of all modules that a worker for this framework gets, by name."""
-    return {name: source(name) for name in (*WORKER_MODULES, f"mhabridge.adapters.{framework}")}
+    return {**{name: source(name) for name in WORKER_MODULES}, **_adapter(f"mhabridge.adapters.{framework}")}
 
 
 def source(name: str) -> str:
@@ -60,10 +61,27 @@ def source(name: str) -> str:
         >>> source("mhabridge.backends.launcher").splitlines()[0][:14]
         '\"\"\"Starts a wo'
     """
+    return _file(name).read_text(encoding="utf-8")
+
+
+def _file(name: str) -> Path:
     spec = importlib.util.find_spec(name)
     if spec is None or spec.origin is None:
         raise ModuleNotFoundError(f"no source for {name}", name=name)
-    return Path(spec.origin).read_text(encoding="utf-8")
+    return Path(spec.origin)
+
+
+def _adapter(name: str) -> dict[str, str]:
+    """An adapter's modules: itself and, if it is a package, those in it.
+
+    They are read from its folder: to look a module up by name imports its package, and so the framework.
+    """
+    file = _file(name)
+    found = {name: file.read_text(encoding="utf-8")}
+    if file.name == "__init__.py":
+        paths = sorted(path for path in file.parent.glob("*.py") if path != file)
+        found.update({f"{name}.{path.stem}": path.read_text(encoding="utf-8") for path in paths})
+    return found
 
 
 def launcher_command(

@@ -1,0 +1,110 @@
+"""One call of a layer that the user holds: native where that is right, else composed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import mindspore
+import numpy as np
+
+from mhabridge import envelope, live, masks
+from mhabridge.calls import Call
+from mhabridge.checks import sizes_of
+from mhabridge.errors import UnsupportedError
+from mhabridge.live import Options
+from mhabridge.spec import MHASpec
+
+from .native import FRAMEWORK, version
+from .ops import OPS
+from .parameters import named_tensors, spec_of
+
+
+def attend(
+    layer: Any,
+    inputs: tuple[Any, Any, Any],
+    key_padding_mask: Any,
+    attn_mask: Any,
+    options: Options,
+    notes: list[str],
+) -> tuple[Any, Any]:
+    """One call of a live cell: native without masks (a fully masked row would have to be looked for), else composed.
+
+    Raises:
+        UnsupportedError: the mode is "native" and the call is not one for the native cell, or the dtype has no kernels.
+    """
+    spec = spec_of(layer)
+    sizes = sizes_of(spec, inputs[0], inputs[1], live.check(OPS, spec, inputs, options))
+    empty = 0 in (sizes.batch, sizes.target, sizes.source)
+    if sizes.source == 0 and not spec.extra_columns and sizes.batch * sizes.target:
+        raise UnsupportedError(
+            "key, value",
+            given="no source position",
+            expected="at least one",
+            advice="A product over none is left unwritten in MindSpore 2.10; the output would be the out bias.",
+        )
+    masked = key_padding_mask is not None or attn_mask is not None or options.is_causal
+    reason = _why_composed(spec, sizes, options, masked and not empty)
+    if reason and options.mode == "native":
+        raise UnsupportedError("mode", given="'native'", expected="'auto' or 'composed'", advice=reason)
+    if reason:
+        notes.append(f"composed: {reason}")
+        return live.attend(OPS, spec, named_tensors(layer), inputs, key_padding_mask, attn_mask, options)
+    if empty:
+        _check_masks(key_padding_mask, attn_mask, sizes)
+    notes.append("native: mindspore.nn.MultiheadAttention")
+    return _attend_native(layer, inputs, options)
+
+
+def _why_composed(spec: MHASpec, sizes: masks.Sizes, options: Options, masked: bool) -> str:
+    found = _violations(spec, sizes, options)
+    impossible = [limit for limit in found if not limit.composable]
+    if impossible and mindspore.get_context("device_target") == "CPU":  # what the envelope was measured on
+        raise UnsupportedError(
+            ", ".join(limit.feature for limit in impossible),
+            given=f"a layer that MindSpore {version()} does not compute",
+            expected="one inside its envelope",
+            advice=" ".join(limit.reason for limit in impossible),
+        )
+    if options.mode == "composed":
+        return "asked for"
+    if masked:
+        return "MindSpore may leave a fully masked row unwritten, and whether there is one shows only in the values."
+    if mindspore.get_context("mode") == mindspore.GRAPH_MODE:
+        return "A native cell that was compiled for one tensor given three times answers for three tensors as for one."
+    if sizes.source == 1:
+        return "A native gradient over one source position, if it is the first, spoils all later ones in the process."
+    return "; ".join(limit.reason for limit in found if limit.composable)
+
+
+def _violations(spec: MHASpec, sizes: masks.Sizes, options: Options) -> list[envelope.Limit]:
+    """The limits that a call without masks goes beyond; it may be part of a gradient, which nobody says beforehand."""
+    query, key, value, grad = (
+        np.broadcast_to(np.float32(0), (sizes.batch, length, features))
+        for length, features in (
+            (sizes.target, spec.embed_dim),
+            (sizes.source, spec.key_features),
+            (sizes.source, spec.value_features),
+            (sizes.target, spec.out_features),
+        )
+    )
+    call = Call(query, key, value, training=options.training, grad_output=grad)
+    return envelope.violations(FRAMEWORK, version(), spec, call)
+
+
+def _attend_native(layer: Any, inputs: tuple[Any, Any, Any], options: Options) -> tuple[Any, Any]:
+    layer.q_is_k = layer.k_is_v = False  # of an earlier call; with both False the cell is right for any tensors
+    answer = mindspore.nn.MultiheadAttention.construct(
+        layer,
+        *inputs,
+        need_weights=options.need_weights,
+        average_attn_weights=options.average_attn_weights,
+    )
+    return answer[0], answer[1] if options.need_weights else None
+
+
+def _check_masks(key_padding_mask: Any, attn_mask: Any, sizes: masks.Sizes) -> None:
+    """The shapes of masks that have nothing to mask."""
+    if key_padding_mask is not None:
+        masks.padding_shape(key_padding_mask, sizes)
+    if attn_mask is not None:
+        masks.attention_shape(attn_mask, sizes)

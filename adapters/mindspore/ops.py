@@ -1,0 +1,92 @@
+"""MindSpore's operations, for the composed formula."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import mindspore
+import numpy as np
+
+from mhabridge import dtypes
+from mhabridge.composed import Ops
+
+from .compiled import blocked, narrow
+from .gradients import prove_gradients
+from .tensors import dtype_name, to_numpy, to_tensor
+
+
+class MindSporeOps(Ops):
+    """MindSpore's operations, from 2.0 on."""
+
+    framework = "MindSpore"
+
+    def is_tensor(self, x: Any) -> bool:
+        return isinstance(x, mindspore.Tensor)
+
+    def dtype(self, x: Any) -> str:
+        return dtype_name(x.dtype)
+
+    def narrow(self, x: Any, dtype: str) -> Any:
+        return narrow(x, dtype)
+
+    def blocked(self, x: Any, dtype: str) -> Any:
+        return blocked(x, dtype)
+
+    def constant(self, array: np.ndarray, dtype: str) -> Any:
+        return to_tensor(dtypes.round_to(array, dtype))
+
+    def numpy(self, tensor: Any) -> np.ndarray:
+        return to_numpy(tensor)
+
+    def matmul(self, a: Any, b: Any) -> Any:
+        # The gradient of ops.matmul fails when all axes in front have length 1 (2.10).
+        return mindspore.ops.BatchMatMul()(a, b) if a.ndim > 2 else mindspore.ops.MatMul()(a, b)
+
+    def transpose(self, x: Any, axes: tuple[int, ...]) -> Any:
+        return mindspore.ops.transpose(x, axes)
+
+    def reshape(self, x: Any, shape: tuple[int, ...]) -> Any:
+        return mindspore.ops.reshape(x, shape)
+
+    def concat(self, parts: list[Any], axis: int) -> Any:
+        return mindspore.ops.concat(tuple(parts), axis)
+
+    def broadcast(self, x: Any, shape: tuple[int, ...]) -> Any:
+        return mindspore.ops.broadcast_to(x, shape)
+
+    def exp(self, x: Any) -> Any:
+        return mindspore.ops.exp(x)
+
+    def largest(self, x: Any) -> Any:
+        return mindspore.ops.stop_gradient(mindspore.ops.ReduceMax(keep_dims=True)(mindspore.ops.stop_gradient(x), -1))
+
+    def total(self, x: Any, axes: tuple[int, ...]) -> Any:
+        return mindspore.ops.ReduceSum(keep_dims=True)(x, axes)
+
+    def replace(self, x: Any, value: float, by: float) -> Any:
+        return mindspore.ops.select(x == value, mindspore.ops.ones_like(x) * by, x)
+
+    def dropout(self, x: Any, probability: float) -> Any:
+        return mindspore.ops.dropout(x, probability, training=True)
+
+    def run(
+        self, function: Any, leaves: list[Any], seeds: tuple[np.ndarray | None, np.ndarray | None]
+    ) -> tuple[Any, Any, list[np.ndarray]]:
+        results = function(*leaves)
+        if all(seed is None for seed in seeds):
+            return (*results, [])
+        prove_gradients()
+        weights = [None if s is None else self.constant(s, dtypes.canonical(r.dtype)) for r, s in zip(results, seeds)]
+
+        def loss(*tensors: Any) -> Any:
+            terms = [
+                (result * weight).sum() for result, weight in zip(function(*tensors), weights) if weight is not None
+            ]
+            return sum(terms[1:], terms[0])
+
+        found = mindspore.grad(loss, tuple(range(len(leaves))))(*leaves)
+        found = found if isinstance(found, tuple) else (found,)
+        return (*results, [to_numpy(grad) for grad in found])
+
+
+OPS = MindSporeOps()

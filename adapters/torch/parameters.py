@@ -1,0 +1,85 @@
+"""What a layer of PyTorch holds: its spec, and its parameters by their native and by canonical names."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from mhabridge.errors import WeightsError
+from mhabridge.spec import MHASpec
+from mhabridge.weights import MHAWeights
+
+from .tensors import to_numpy, to_tensor
+
+
+def spec_of(layer: torch.nn.MultiheadAttention) -> MHASpec:
+    """What the layer is."""
+    return MHASpec(
+        embed_dim=layer.embed_dim,
+        num_heads=layer.num_heads,
+        kdim=layer.kdim,
+        vdim=layer.vdim,
+        dropout=layer.dropout,
+        bias=layer.in_proj_bias is not None,
+        out_bias=layer.out_proj.bias is not None,
+        add_bias_kv=layer.bias_k is not None,
+        add_zero_attn=layer.add_zero_attn,
+        batch_first=getattr(layer, "batch_first", False),
+        dtype=layer.out_proj.weight.dtype,
+    )
+
+
+def weights_of(layer: torch.nn.MultiheadAttention, spec: MHASpec) -> MHAWeights:
+    """Its weights, as copies.
+
+    Raises:
+        WeightsError: parameters that such a layer does not have, or of another shape, or without values (meta).
+    """
+    named = {name: to_numpy(tensor) for name, tensor in layer.state_dict().items()}
+    return MHAWeights.from_layout("torch", named, spec)
+
+
+def load(layer: torch.nn.MultiheadAttention, named: dict[str, np.ndarray]) -> None:
+    """Give the parameters their values, by native name.
+
+    Raises:
+        WeightsError: a parameter without a value, a value without a parameter, or one of another shape.
+    """
+    state = {name: to_tensor(array) for name, array in named.items()}
+    own = layer.state_dict()
+    for name in set(own) - set(state):
+        if name != "out_proj.bias":
+            raise WeightsError(name, given="nothing", expected=f"shape {tuple(own[name].shape)}")
+        state[name] = torch.zeros_like(own[name])  # PyTorch 1.8.1's left-over
+    layer.load_state_dict(state, strict=True)
+
+
+def owners(layer: torch.nn.MultiheadAttention) -> dict[str, str]:
+    """The native parameter that holds each canonical one."""
+    packed = layer.in_proj_weight is not None
+    found = {f"{x}_weight": "in_proj_weight" if packed else f"{x}_proj_weight" for x in "qkv"}
+    if layer.in_proj_bias is not None:
+        found.update({f"{x}_bias": "in_proj_bias" for x in "qkv"})
+    found["out_weight"] = "out_proj.weight"
+    if layer.out_proj.bias is not None:
+        found["out_bias"] = "out_proj.bias"
+    if layer.bias_k is not None:
+        found.update(bias_k="bias_k", bias_v="bias_v")
+    return found
+
+
+def named_tensors(layer: torch.nn.MultiheadAttention) -> dict[str, torch.Tensor]:
+    """The layer's own parameters, differentiable, by canonical name."""
+    if layer.in_proj_weight is None:
+        found = {name: getattr(layer, f"{name[0]}_proj_weight") for name in ("q_weight", "k_weight", "v_weight")}
+    else:
+        found = dict(zip(("q_weight", "k_weight", "v_weight"), layer.in_proj_weight.chunk(3)))
+    found["out_weight"] = layer.out_proj.weight
+    if layer.in_proj_bias is not None:
+        found.update(zip(("q_bias", "k_bias", "v_bias"), layer.in_proj_bias.chunk(3)))
+    found.update(out_bias=layer.out_proj.bias, bias_k=layer.bias_k, bias_v=layer.bias_v)
+    return {
+        name: tensor.reshape(-1) if tensor.dim() == 3 else tensor
+        for name, tensor in found.items()
+        if tensor is not None
+    }
