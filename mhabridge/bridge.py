@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 from types import ModuleType
 from typing import Any
@@ -11,20 +12,28 @@ from mhabridge.checks import check_mode
 from mhabridge.errors import ArgumentError, ArgumentTypeError, BackendError, UnsupportedError
 from mhabridge.live import Options
 from mhabridge.spec import MHASpec
+from mhabridge.transformer import TransformerSpec
+from mhabridge.transformer_weights import TransformerWeights
 from mhabridge.weights import MHAWeights
 
 
-def extract(layer: Any) -> tuple[MHASpec, MHAWeights]:
-    """The spec and the weights (as copies) of any framework's native attention layer.
+def extract(layer: Any) -> tuple[Any, Any]:
+    """The spec and the weights (as copies) of any framework's attention layer, transformer layer or stack of these.
 
     No framework is imported: a layer's own class says where it comes from.
 
     Args:
         layer: a ``torch.nn.MultiheadAttention``, ``mindspore.nn.MultiheadAttention`` or
-            ``megengine.module.MultiHeadAttention``.
+            ``megengine.module.MultiHeadAttention``; a TransformerEncoderLayer, TransformerDecoderLayer,
+            TransformerEncoder, TransformerDecoder or Transformer of PyTorch or MindSpore; or what
+            ``mhabridge.adapters`` has in their place.
+
+    Returns:
+        ``MHASpec`` and ``MHAWeights``, for a transformer ``TransformerSpec`` and ``TransformerWeights``.
 
     Raises:
         ArgumentTypeError: not such a layer.
+        UnsupportedError: something in it is not the plain layer: a forward of its own, another activation or norm.
         WeightsError: its parameters are not those of such a layer.
 
     Example:
@@ -33,7 +42,7 @@ def extract(layer: Any) -> tuple[MHASpec, MHAWeights]:
         >>> weights.q_weight.shape
         (8, 8)
     """
-    found: tuple[MHASpec, MHAWeights] = _adapter_of(layer).extract(layer)
+    found: tuple[Any, Any] = _handler(layer).extract(layer)
     return found
 
 
@@ -41,14 +50,13 @@ def convert(layer: Any, to: str, notes: list[str] | None = None) -> Any:
     """The same layer in another framework that is importable here: weights bit for bit, and its state.
 
     Args:
-        layer: a native attention layer, or a drop-in of ``mhabridge.adapters``.
+        layer: an attention layer, a transformer layer or a stack of these, as for ``extract``.
         to: "torch", "mindspore" or "megengine".
-        notes: a list that is filled with what the new layer has beyond the old one.
+        notes: a list that is filled with which of the two it is, why, and what it has beyond the old one.
 
     Returns:
-        The framework's native layer where it can hold this one, else our drop-in; in the same mode (train or
-        evaluation), with
-        the same parameters frozen, on the same kind of device.
+        The framework's native layer where it can hold this one, else our drop-in (see ``build``); in the same mode
+        (train or evaluation), with the same parameters frozen, on the same kind of device.
 
     Raises:
         BackendError: the framework is not importable here; the message names the way through a file.
@@ -61,7 +69,7 @@ def convert(layer: Any, to: str, notes: list[str] | None = None) -> Any:
         >>> again.training, extract(again) == extract(layer)
         (False, True)
     """
-    source = _adapter_of(layer)
+    source = _handler(layer)
     spec, weights = source.extract(layer)
     try:
         target = adapter(to)
@@ -73,7 +81,7 @@ def convert(layer: Any, to: str, notes: list[str] | None = None) -> Any:
         raise
     found = source.traits(layer)
     moved = build(spec, to, weights, notes=notes)
-    target.set_traits(moved, found)
+    _room(target, spec).set_traits(moved, found)
     return moved
 
 
@@ -133,12 +141,10 @@ def attend(
 
 
 def _adapter_of(layer: Any) -> ModuleType:
-    roots = {base.__module__.partition(".")[0] for base in type(layer).__mro__}
-    for framework in mapping.FRAMEWORKS:
-        if mapping.table(framework)["framework"]["module"] in roots:
-            module = adapter(framework)
-            if module.is_layer(layer):
-                return module
+    """The adapter of an attention layer."""
+    module = framework_of(layer)
+    if module is not None and module.is_layer(layer):
+        return module
     raise ArgumentTypeError(
         "layer",
         given=f"{type(layer).__module__}.{type(layer).__qualname__}",
@@ -147,38 +153,98 @@ def _adapter_of(layer: Any) -> ModuleType:
     )
 
 
+def _handler(layer: Any) -> ModuleType:
+    """What knows the layer: an adapter, or its module for transformers."""
+    module = framework_of(layer)
+    if module is not None and module.transformer.is_layer(layer):
+        handler: ModuleType = module.transformer
+        return handler
+    return _adapter_of(layer)
+
+
+def _room(module: ModuleType, spec: MHASpec | TransformerSpec) -> Any:
+    return module.transformer if isinstance(spec, TransformerSpec) else module
+
+
+def framework_of(layer: Any) -> ModuleType | None:
+    """The adapter of the framework that an object's class comes from; None if it is of no known one."""
+    kind: Any = type(layer)
+    return _framework_of_class(kind)
+
+
+@functools.lru_cache(maxsize=256)
+def _framework_of_class(kind: Any) -> ModuleType | None:
+    roots = {base.__module__.partition(".")[0] for base in kind.__mro__}
+    for framework in mapping.FRAMEWORKS:
+        if mapping.table(framework)["framework"]["module"] in roots:
+            return adapter(framework)
+    return None
+
+
 def build(
-    spec: MHASpec,
+    spec: MHASpec | TransformerSpec,
     framework: str,
-    weights: MHAWeights | None = None,
+    weights: MHAWeights | TransformerWeights | None = None,
     mode: str = "auto",
     device: Any = None,
     notes: list[str] | None = None,
 ) -> Any:
-    """A native layer of a framework that is importable here.
+    """A layer of a framework that is importable here: its own class, or the drop-in of ``mhabridge.adapters``.
+
+    The drop-in is that framework's own module too, with the same parameters by the same names. It is composed from the
+    spec, so it also holds what the native class may not: either ``batch_first``, added columns, and a scale, a dropout
+    on the output or a residual of the spec's own.
+
+    Where only some projections have a bias, both classes have all of them, and those beyond the spec are zero.
+
+    For a ``TransformerSpec`` the native form is the framework's own layer or stack, and the composed one the same with
+    drop-ins as its attentions. MegEngine has no such layers: there it is ``mhabridge.adapters.megengine``'s.
 
     Args:
         spec: what to build.
         framework: "torch", "mindspore" or "megengine"; with a version ("torch@2.13.0") only if that is the one here.
-        weights: its parameters; None keeps the framework's own initial values.
-        mode: "auto" or "native": the framework's own class, or UnsupportedError. ("composed": see the drop-ins.)
+        weights: its parameters; None for initial values: the framework's own for its class, PyTorch's for the drop-in.
+        mode: "auto": the native class where it can express the spec, else the drop-in; "native" or "composed": that.
         device: where the framework shall put it; None for its default.
-        notes: a list that is filled with what the native layer has beyond the spec, such as a bias of zeros.
+        notes: a list that is filled with which of the two it is, why, and what it has beyond the spec.
 
     Raises:
-        UnsupportedError: the native class cannot express the spec.
+        UnsupportedError: nothing that the mode allows can express the spec.
         BackendError: the framework is not importable here.
         WeightsError: the weights do not fit the spec.
-        ArgumentError: there is no such framework or device.
+        ArgumentError: there is no such framework, mode or device.
 
     Example:
         >>> spec = MHASpec(8, 2, batch_first=True)
         >>> layer = build(spec, "torch", MHAWeights.random(spec))
         >>> type(layer).__name__, layer.batch_first
         ('MultiheadAttention', True)
+        >>> notes = []
+        >>> layer = build(MHASpec(8, 2, residual=True), "torch", notes=notes)
+        >>> notes[0][:39]
+        'composed: the drop-in: residual is True'
     """
     _check_build(spec, weights, mode)
     module = adapter(framework)
+    if isinstance(spec, TransformerSpec):
+        return module.transformer.build(spec, weights, device=device, notes=notes, mode=mode)
+    assert weights is None or isinstance(weights, MHAWeights)
+    said: list[str] = []
+    why = "asked for"
+    if mode != "composed":
+        try:
+            layer = _build_native(module, spec, weights, device, said)
+        except UnsupportedError as error:
+            if mode == "native":
+                raise
+            why = f"{error.subject} is {error.given}; the native class takes {error.expected}"
+        else:
+            return _noted(layer, notes, "native: the framework's own class", said)
+    layer = module.build_dropin(spec, weights, device=device, notes=said)
+    return _noted(layer, notes, f"composed: the drop-in: {why}", said)
+
+
+def _build_native(module: ModuleType, spec: MHASpec, weights: MHAWeights | None, device: Any, notes: list[str]) -> Any:
     if weights is None and spec.bias is None:
         # The native class has all biases: those that the spec has not must be zero, whatever their initial values are.
         whole = module.build(spec.replace(bias=True, q_bias=True, k_bias=True, v_bias=True, out_bias=True))
@@ -187,19 +253,22 @@ def build(
     return module.build(spec, weights, device=device, notes=notes)
 
 
-_DROPINS = "mhabridge.adapters.<framework>.MultiheadAttention is the composed layer, with PyTorch's constructor."
+def _noted(layer: Any, notes: list[str] | None, form: str, said: list[str]) -> Any:
+    if notes is not None:
+        notes.extend([form, *said])
+    return layer
 
 
 def _check_build(spec: Any, weights: Any, mode: str) -> None:
-    if not isinstance(spec, MHASpec):
-        raise ArgumentTypeError("spec", given=type(spec).__name__, expected="an MHASpec")
+    kinds: dict[type, Any] = {MHASpec: MHAWeights, TransformerSpec: TransformerWeights}
+    if type(spec) not in kinds:
+        raise ArgumentTypeError("spec", given=type(spec).__name__, expected="an MHASpec or a TransformerSpec")
     check_mode(mode)
-    if mode == "composed":
-        raise UnsupportedError("mode", given="'composed'", expected="'auto' or 'native'", advice=_DROPINS)
     if weights is None:
         return
-    if not isinstance(weights, MHAWeights):
-        raise ArgumentTypeError("weights", given=type(weights).__name__, expected="MHAWeights, or None")
+    expected = kinds[type(spec)]
+    if not isinstance(weights, expected):
+        raise ArgumentTypeError("weights", given=type(weights).__name__, expected=f"{expected.__name__}, or None")
     weights.check(spec)
 
 

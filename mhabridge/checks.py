@@ -30,37 +30,34 @@ def check_shapes(spec: MHASpec, query: Any, key: Any, value: Any) -> bool:
     Raises:
         ArgumentError: naming the one that does not fit.
     """
-    if query.ndim not in (2, 3):
+    shapes = {"query": tuple(query.shape), "key": tuple(key.shape), "value": tuple(value.shape)}
+    axes = len(shapes["query"])
+    if axes not in (2, 3):
         letters = "(L, E), or (N, L, E)" if spec.batch_first else "(L, E), or (L, N, E)"
-        raise ArgumentError("query", given=f"shape {tuple(query.shape)}", expected=f"two or three axes: {letters}")
+        raise ArgumentError("query", given=f"shape {shapes['query']}", expected=f"two or three axes: {letters}")
     features = {"query": spec.embed_dim, "key": spec.key_features, "value": spec.value_features}
-    for name, array in (("query", query), ("key", key), ("value", value)):
-        if array.ndim != query.ndim:
+    for name, shape in shapes.items():
+        if len(shape) != axes:
+            raise ArgumentError(name, given=f"shape {shape}", expected=f"{axes} axes, as the query has")
+        if shape[-1] != features[name]:
             raise ArgumentError(
-                name, given=f"shape {tuple(array.shape)}", expected=f"{query.ndim} axes, as the query has"
+                name, given=f"{shape[-1]} features (shape {shape})", expected=f"{features[name]} features"
             )
-        if array.shape[-1] != features[name]:
-            raise ArgumentError(
-                name,
-                given=f"{array.shape[-1]} features (shape {tuple(array.shape)})",
-                expected=f"{features[name]} features",
-            )
-    batched = bool(query.ndim == 3)
-    if tuple(key.shape[:-1]) != tuple(value.shape[:-1]):
+    if shapes["key"][:-1] != shapes["value"][:-1]:
         raise ArgumentError(
             "value",
-            given=f"shape {tuple(value.shape)} with a key of {tuple(key.shape)}",
+            given=f"shape {shapes['value']} with a key of {shapes['key']}",
             expected="as many positions as the key",
         )
     axis = 0 if spec.batch_first else 1
-    if batched and key.shape[axis] != query.shape[axis]:
+    if axes == 3 and shapes["key"][axis] != shapes["query"][axis]:
         raise ArgumentError(
             "key",
-            given=f"batch {key.shape[axis]} with a query of batch {query.shape[axis]}",
+            given=f"batch {shapes['key'][axis]} with a query of batch {shapes['query'][axis]}",
             expected="the same batch",
             advice=f"With batch_first={spec.batch_first} the batch is axis {axis}.",
         )
-    return batched
+    return axes == 3
 
 
 def check_flag(value: Any, name: str) -> None:

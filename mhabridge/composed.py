@@ -2,6 +2,8 @@
 
 One formula, that of ``reference``, in a dozen operations (``Ops``) that each adapter names. So a call that the native
 layer cannot express or answers wrongly still runs in that framework, through its autograd, with the same parameters.
+Larger steps (``linear``, ``scores``, ``softmax`` ...) are written here in smaller ones; an adapter writes again those
+for which its framework has something faster.
 
 This module also runs inside workers (Python 3.8).
 """
@@ -104,6 +106,32 @@ class Ops:
         """Elements are zeroed with a probability in (0, 1), the others scaled by 1 / (1 - probability)."""
         raise NotImplementedError
 
+    def zeros(self, shape: tuple[int, ...], dtype: str) -> Tensor:
+        """A tensor of zeros."""
+        return self.constant(np.zeros(shape), dtype)
+
+    def causal(self, target: int, source: int, dtype: str) -> Tensor:
+        """(L, S): -inf where j > i, else 0."""
+        return self.constant(np.where(np.triu(np.ones((target, source), bool), k=1), -np.inf, 0.0), dtype)
+
+    def times(self, x: Tensor, factor: float) -> Tensor:
+        """The product with a number."""
+        return x * factor
+
+    def linear(self, rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """(rows, in) times (out, in), turned, plus (out,)."""
+        y = self.matmul(rows, self.transpose(weight, (1, 0)))
+        return y if bias is None else y + bias
+
+    def scores(self, query: Tensor, key: Tensor) -> Tensor:
+        """(N, H, L, D) times (N, H, S, D), turned."""
+        return self.matmul(query, self.transpose(key, (0, 1, 3, 2)))
+
+    def softmax(self, scores: Tensor) -> Tensor:
+        """Over the last axis of four; a row of nothing but -inf is NaN (-inf - -inf), and so are its gradients."""
+        exponentials = self.exp(scores - self.largest(scores))
+        return exponentials / self.total(exponentials, (3,))
+
     def run(
         self, function: Function, leaves: list[Tensor], seeds: tuple[np.ndarray | None, np.ndarray | None]
     ) -> tuple[Tensor, Tensor, list[np.ndarray]]:
@@ -150,7 +178,7 @@ def _run_wider(ops: Ops, spec: MHASpec, weights: MHAWeights, call: Call) -> Resu
 
 
 def forward(ops: Ops, spec: MHASpec, tensors: dict[str, Tensor], call: Call) -> tuple[Tensor, Tensor]:
-    """Output (N, L, out) and attention weights, (N, H, L, S') or averaged (N, L, S').
+    """Output (N, L, out) and attention weights, (N, H, L, S') or, where they are asked for, averaged (N, L, S').
 
     Args:
         ops: the framework's operations.
@@ -161,7 +189,7 @@ def forward(ops: Ops, spec: MHASpec, tensors: dict[str, Tensor], call: Call) -> 
     query = _project(ops, "q", tensors["query"], spec, tensors)
     key = _append(ops, "bias_k", _project(ops, "k", tensors["key"], spec, tensors), spec, tensors)
     value = _append(ops, "bias_v", _project(ops, "v", tensors["value"], spec, tensors), spec, tensors)
-    scores = ops.matmul(_times(ops, query, spec.score_scale), ops.transpose(key, (0, 1, 3, 2)))
+    scores = ops.scores(ops.times(query, spec.score_scale), key)
     if "mask" in tensors:
         scores = scores + _widen(ops, tensors["mask"], spec)
     probabilities = _softmax(ops, scores, call.fully_masked)
@@ -176,22 +204,16 @@ def forward(ops: Ops, spec: MHASpec, tensors: dict[str, Tensor], call: Call) -> 
         n, _, length, _ = (int(size) for size in probabilities.shape)
         sums = ops.reshape(ops.total(probabilities, (1, 3)), (n, length, 1))
         output = output + (sums - sums)
-    if call.average_attn_weights:
+    if call.need_weights and call.average_attn_weights:
         n, heads, length, columns = (int(size) for size in attention.shape)
-        attention = ops.reshape(_times(ops, ops.total(attention, (1,)), 1.0 / heads), (n, length, columns))
+        attention = ops.reshape(ops.times(ops.total(attention, (1,)), 1.0 / heads), (n, length, columns))
     return output, attention
-
-
-def _times(ops: Ops, x: Tensor, factor: float) -> Tensor:
-    """The product with a number, as a tensor: MegEngine has no gradient of a float16 tensor times a Python float."""
-    return x * ops.constant(np.full((1,) * len(x.shape), factor), ops.dtype(x))
 
 
 def _linear(ops: Ops, name: str, x: Tensor, tensors: dict[str, Tensor]) -> Tensor:
     """Y = X W^T + b, over rows: one large product, whose gradient keeps its axes in every framework."""
     n, length, features = (int(size) for size in x.shape)
-    y = ops.matmul(ops.reshape(x, (n * length, features)), ops.transpose(tensors[f"{name}_weight"], (1, 0)))
-    y = y + tensors[f"{name}_bias"] if f"{name}_bias" in tensors else y
+    y = ops.linear(ops.reshape(x, (n * length, features)), tensors[f"{name}_weight"], tensors.get(f"{name}_bias"))
     return ops.reshape(y, (n, length, int(y.shape[-1])))
 
 
@@ -212,7 +234,7 @@ def _append(ops: Ops, bias: str, x: Tensor, spec: MHASpec, tensors: dict[str, Te
     if spec.add_bias_kv:
         columns.append(ops.broadcast(ops.reshape(tensors[bias], (1, heads, 1, size)), (n, heads, 1, size)))
     if spec.add_zero_attn:
-        columns.append(ops.constant(np.zeros((n, heads, 1, size)), spec.dtype))
+        columns.append(ops.zeros((n, heads, 1, size), spec.dtype))
     return columns[0] if len(columns) == 1 else ops.concat(columns, 2)
 
 
@@ -221,19 +243,15 @@ def _widen(ops: Ops, mask: Tensor, spec: MHASpec) -> Tensor:
     if not spec.extra_columns:
         return mask
     shape = (*(int(size) for size in mask.shape[:3]), spec.extra_columns)
-    return ops.concat([mask, ops.constant(np.zeros(shape), spec.dtype)], 3)
+    return ops.concat([mask, ops.zeros(shape, spec.dtype)], 3)
 
 
 def _softmax(ops: Ops, scores: Tensor, fully_masked: str) -> Tensor:
-    """Softmax over the last axis. A fully masked row is -inf - -inf = NaN, or 0 with the policy "zero"."""
-    largest = ops.largest(scores)
-    if fully_masked == "zero":
-        largest = ops.replace(largest, -np.inf, 0.0)
-    exponentials = ops.exp(scores - largest)
-    total = ops.total(exponentials, (3,))
-    if fully_masked == "zero":
-        total = ops.replace(total, 0.0, 1.0)
-    return exponentials / total
+    """Softmax over the last axis. A fully masked row is NaN, or 0 with the policy "zero"."""
+    if fully_masked == "nan":
+        return ops.softmax(scores)
+    exponentials = ops.exp(scores - ops.replace(ops.largest(scores), -np.inf, 0.0))
+    return exponentials / ops.replace(ops.total(exponentials, (3,)), 0.0, 1.0)
 
 
 def _join(ops: Ops, x: Tensor) -> Tensor:
@@ -244,7 +262,7 @@ def _join(ops: Ops, x: Tensor) -> Tensor:
 def _dropout(ops: Ops, x: Tensor, probability: float, call: Call) -> Tensor:
     if not call.training or probability == 0.0:
         return x
-    return _times(ops, x, 0.0) if probability == 1.0 else ops.dropout(x, probability)
+    return ops.times(x, 0.0) if probability == 1.0 else ops.dropout(x, probability)
 
 
 def _empty(spec: MHASpec, weights: MHAWeights, call: Call) -> Result:

@@ -63,9 +63,13 @@ def initial_values(spec: MHASpec) -> MHAWeights:
         elif name.endswith("_bias"):
             drawn[name] = np.zeros(shape)
         else:
-            bound = _bound(name, shape, alike)
-            drawn[name] = _Stream.state.uniform(-bound, bound, shape)
+            drawn[name] = draw_uniform(_bound(name, shape, alike), shape)
     return MHAWeights(**{name: dtypes.round_to(values, spec.dtype) for name, values in drawn.items()})
+
+
+def draw_uniform(bound: float, shape: tuple[int, ...]) -> np.ndarray:
+    """Numbers uniform in +-``bound`` from the stream, in float64."""
+    return _Stream.state.uniform(-bound, bound, shape)
 
 
 def _bound(name: str, shape: tuple[int, ...], alike: bool) -> float:

@@ -9,6 +9,8 @@ This module also runs inside workers (Python 3.8).
 from __future__ import annotations
 
 import dataclasses
+import functools
+import operator
 from typing import Any
 
 import numpy as np
@@ -81,6 +83,17 @@ class Traits:
         return found.pop() if found else True
 
 
+@functools.lru_cache(maxsize=1024, typed=True)
+def remembered_spec(**fields: Any) -> MHASpec:
+    """``MHASpec(**fields)``, which takes 40 microseconds, made once: a layer says what it is on every call.
+
+    Example:
+        >>> remembered_spec(embed_dim=8, num_heads=2) is remembered_spec(embed_dim=8, num_heads=2)
+        True
+    """
+    return MHASpec(**fields)
+
+
 def attend(
     ops: Ops,
     spec: MHASpec,
@@ -123,7 +136,11 @@ def attend(
 def check(ops: Ops, spec: MHASpec, inputs: tuple[Any, Any, Any], options: Options) -> bool:
     """Whether the call is batched, once all but the masks is known to be right."""
     options.check()
+    before = None
     for name, tensor in zip(("query", "key", "value"), inputs):
+        if tensor is before:  # self-attention
+            continue
+        before = tensor
         if not ops.is_tensor(tensor):
             raise ArgumentTypeError(
                 name,
@@ -150,24 +167,30 @@ def refuse_fully_masked(ops: Ops, spec: MHASpec, sizes: masks.Sizes, mask: Tenso
 def merged(
     ops: Ops, spec: MHASpec, sizes: masks.Sizes, key_padding_mask: Any, attn_mask: Any, options: Options
 ) -> Tensor | None:
-    """All masks as one additive tensor of the layer's dtype, four axes, or None."""
-    parts = []
+    """All masks as one additive tensor of the layer's dtype, or None; four axes, each 1 or the full size."""
+    placed_masks = placed(ops, sizes, key_padding_mask, attn_mask)
+    parts = [_additive(ops, mask, name, spec) for name, mask in placed_masks.items()]
+    if options.is_causal:
+        causal = ops.causal(sizes.target, sizes.source, spec.dtype)
+        parts.append(ops.reshape(causal, (1, 1, sizes.target, sizes.source)))
+    return functools.reduce(operator.add, parts) if parts else None
+
+
+def placed(ops: Ops, sizes: masks.Sizes, key_padding_mask: Any, attn_mask: Any) -> dict[str, Tensor]:
+    """The masks that were given, by name, with four axes, each 1 or the full size.
+
+    Raises:
+        ArgumentError: a wrong shape.
+        ArgumentTypeError: not a tensor of this framework.
+    """
+    found = {}
     if key_padding_mask is not None:
         shape = masks.padding_shape(_checked(ops, key_padding_mask, "key_padding_mask"), sizes)
-        parts.append(ops.reshape(_additive(ops, key_padding_mask, "key_padding_mask", spec), shape))
+        found["key_padding_mask"] = ops.reshape(key_padding_mask, shape)
     if attn_mask is not None:
         shape = masks.attention_shape(_checked(ops, attn_mask, "attn_mask"), sizes)
-        parts.append(ops.reshape(_additive(ops, attn_mask, "attn_mask", spec), shape))
-    if options.is_causal:
-        blocked = np.triu(np.ones((1, 1, sizes.target, sizes.source), bool), k=1)
-        parts.append(ops.constant(np.where(blocked, -np.inf, 0.0), spec.dtype))
-    if not parts:
-        return None
-    total = parts[0]
-    for part in parts[1:]:
-        total = total + part
-    shape = tuple(int(size) for size in total.shape)
-    return ops.broadcast(total, (*shape[:2], sizes.target, sizes.source))
+        found["attn_mask"] = ops.reshape(attn_mask, shape)
+    return found
 
 
 def _checked(ops: Ops, mask: Any, name: str) -> Any:

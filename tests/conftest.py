@@ -62,8 +62,6 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     chosen = _names(metafunc.config, "--backends")
     if "backend_name" in metafunc.fixturenames:
         metafunc.parametrize("backend_name", chosen, scope="session", indirect=True)
-    if "chunk" in metafunc.fixturenames:
-        metafunc.parametrize("chunk", range(-(-metafunc.config.getoption("--sweep") // 25)))
     if "framework" in metafunc.fixturenames:
         metafunc.parametrize("framework", [n for n in chosen if n != "numpy"], scope="session", indirect=True)
 

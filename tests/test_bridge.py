@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import copy
+import importlib
 import subprocess
 import sys
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
 import mhabridge as mb
+from mhabridge import mapping
+from mhabridge.backends import shipping
+from mhabridge.backends.worker import Worker
 from mhabridge.errors import ArgumentError, ArgumentTypeError, BackendError, UnsupportedError, WeightsError
 
 HERE = ("torch", "mindspore")
@@ -86,7 +93,7 @@ def test_an_attention_layer_inside_a_model() -> None:
     spec, _ = mb.extract(block.self_attn)
     assert spec.batch_first
     with pytest.raises(ArgumentTypeError, match=r"self_attn"):
-        mb.extract(block)
+        mb.extract(torch.nn.Sequential(block))
 
 
 @pytest.mark.frameworks
@@ -130,6 +137,139 @@ def test_stand_in_biases_are_zero_and_said(name: str) -> None:
         assert not found["out_bias"].any()
         assert not found["k_bias"].any()
         assert found["q_weight"].any()
+
+
+# What no native class computes; the drop-in does.
+BEYOND: list[dict[str, Any]] = [
+    {"scale": 0.3},
+    {"residual": True, "batch_first": True},
+    {"scale": -2.0, "residual": True, "out_dropout": 0.25, "kdim": 6, "bias": False, "add_bias_kv": True},
+]
+
+
+def drop_in(name: str) -> Any:
+    """A framework's drop-in class."""
+    pytest.importorskip(name, reason=f"{name} is not importable here")
+    return importlib.import_module(f"mhabridge.adapters.{name}").MultiheadAttention
+
+
+def tensors_for(name: str, spec: mb.MHASpec) -> tuple[list[np.ndarray], list[Any]]:
+    """Query, key and value with L = 3, S = 5, N = 2: as arrays, and as the framework's tensors."""
+    module = pytest.importorskip(name, reason=f"{name} is not importable here")
+    rng = np.random.default_rng(0)
+    lengths = ((3, spec.embed_dim), (5, spec.key_features), (5, spec.value_features))
+    shapes = [(2, length, size) if spec.batch_first else (length, 2, size) for length, size in lengths]
+    arrays = [rng.standard_normal(shape).astype(np.float32) for shape in shapes]
+    return arrays, [module.tensor(array) if name == "torch" else module.Tensor(array) for array in arrays]
+
+
+def plain_arrays(answers: Any) -> list[np.ndarray]:
+    return [(x.detach().numpy() if hasattr(x, "detach") else x.asnumpy()) for x in answers]
+
+
+def in_evaluation(layer: Any) -> Any:
+    (layer.eval if hasattr(layer, "eval") else lambda: layer.set_train(False))()
+    return layer
+
+
+@pytest.mark.frameworks
+@pytest.mark.parametrize("kind", KINDS + BEYOND)
+@pytest.mark.parametrize("name", HERE)
+def test_a_composed_layer_is_the_same_layer_and_answers_like_the_reference(name: str, kind: dict[str, Any]) -> None:
+    spec = mb.MHASpec(16, 4, **kind)
+    weights = mb.MHAWeights.random(spec, seed=1)
+    notes: list[str] = []
+    layer = mb.build(spec, name, weights, mode="composed", notes=notes)
+    assert type(layer) is drop_in(name)
+    assert notes == ["composed: the drop-in: asked for"]
+    assert mb.extract(layer) == (spec, weights)
+    assert mb.extract(copy.deepcopy(layer)) == (spec, weights)
+    arrays, tensors = tensors_for(name, spec)
+    known = mb.backend("numpy").run(spec, weights, *arrays, is_causal=True)
+    in_evaluation(layer)
+    for answers in (mb.attend(layer, *tensors, is_causal=True), layer(*tensors, is_causal=True)):
+        output, attention = plain_arrays(answers)
+        np.testing.assert_allclose(output, known.output, rtol=0, atol=1e-5)
+        np.testing.assert_allclose(attention, known.attn_weights, rtol=0, atol=1e-5)
+
+
+@pytest.mark.frameworks
+@pytest.mark.parametrize("kind", BEYOND)
+@pytest.mark.parametrize("name", HERE)
+def test_what_the_native_class_does_not_compute_is_composed_in_every_call(name: str, kind: dict[str, Any]) -> None:
+    """Also one without masks, which the native class could be asked; a plain layer's answer would be another one."""
+    spec = mb.MHASpec(16, 4, **kind)
+    weights = mb.MHAWeights.random(spec, seed=1)
+    layer = in_evaluation(mb.build(spec, name, weights, mode="composed"))
+    arrays, tensors = tensors_for(name, spec)
+    notes: list[str] = []
+    output, _ = plain_arrays(mb.attend(layer, *tensors, notes=notes))
+    known = mb.backend("numpy").run(spec, weights, *arrays).output
+    np.testing.assert_allclose(output, known, rtol=0, atol=1e-5)
+    plain = mb.backend("numpy").run(spec.replace(scale=None, residual=False), weights, *arrays).output
+    assert np.abs(known - plain).max() > 0.01
+    field = next(field for field in ("scale", "out_dropout", "residual") if field in kind)
+    assert [note for note in notes if note.startswith(f"composed: {field}")] == notes
+    with pytest.raises(UnsupportedError, match=field):
+        mb.attend(layer, *tensors, mode="native")
+
+
+@pytest.mark.frameworks
+@pytest.mark.parametrize(("name", "compiled"), [("torch", False), ("mindspore", False), ("mindspore", True)])
+def test_dropout_on_the_output_is_for_training_and_before_the_residual(name: str, compiled: bool) -> None:
+    """MindSpore's compiler reads a form of its own."""
+    module = pytest.importorskip(name, reason=f"{name} is not importable here")
+    spec = mb.MHASpec(16, 4, out_dropout=1.0, residual=True)
+    layer = mb.build(spec, name, mode="composed")
+    _, (query, key, value) = tensors_for(name, spec)
+    call = module.jit(layer.construct) if compiled else layer
+    output, _ = plain_arrays(call(query, key, value))
+    np.testing.assert_array_equal(output, plain_arrays([query])[0])
+    output, _ = plain_arrays(in_evaluation(layer)(query, key, value))
+    assert np.abs(output - plain_arrays([query])[0]).max() > 0.01
+
+
+@pytest.mark.frameworks
+@pytest.mark.parametrize("name", HERE)
+def test_auto_takes_the_native_class_where_it_can_express_the_spec(name: str) -> None:
+    notes: list[str] = []
+    layer = mb.build(mb.MHASpec(16, 4, kdim=6), name, notes=notes)
+    assert not isinstance(layer, drop_in(name))
+    assert notes == ["native: the framework's own class"]
+    notes = []
+    layer = mb.build(mb.MHASpec(16, 4, residual=True), name, notes=notes)
+    assert isinstance(layer, drop_in(name))
+    (note,) = notes
+    assert note.startswith("composed: the drop-in: residual is True")
+
+
+@pytest.mark.frameworks
+def test_composed_layers_start_with_the_same_values_in_every_framework() -> None:
+    spec = mb.MHASpec(16, 4, residual=True, k_bias=False)
+    found = []
+    for name in HERE:
+        drop_in(name)
+        mb.manual_seed(5)
+        found.append(mb.extract(mb.build(spec, name))[1])
+    assert found[0] == found[1]
+    assert not np.array_equal(found[0].q_weight, mb.extract(mb.build(spec, HERE[0]))[1].q_weight)
+
+
+@pytest.mark.frameworks
+@pytest.mark.parametrize("mode", ["native", "composed"])
+@pytest.mark.parametrize("name", HERE)
+def test_stand_in_biases_are_zero_and_said_in_both_forms(name: str, mode: str) -> None:
+    pytest.importorskip(name, reason=f"{name} is not importable here")
+    spec = mb.MHASpec(16, 4, k_bias=False)
+    weights = mb.MHAWeights.random(spec)
+    notes: list[str] = []
+    again, found = mb.extract(mb.build(spec, name, weights, mode=mode, notes=notes))
+    assert again == spec.replace(k_bias=True)
+    assert notes[0].startswith(mode)
+    assert [note for note in notes[1:] if "k_bias as zeros" in note] == notes[1:] != []
+    for field, array in weights.arrays().items():
+        np.testing.assert_array_equal(found.arrays()[field], array, err_msg=field)
+    assert not found.k_bias.any()
 
 
 @pytest.mark.frameworks
@@ -200,9 +340,10 @@ def test_what_is_no_layer_is_refused(thing: Any) -> None:
 def test_build_refuses_what_cannot_be() -> None:
     pytest.importorskip("torch", reason="PyTorch is not importable here")
     with pytest.raises(UnsupportedError, match="residual"):
-        mb.build(mb.MHASpec(16, 4, residual=True), "torch")
-    with pytest.raises(UnsupportedError, match="composed"):
-        mb.build(mb.MHASpec(16, 4), "torch", mode="composed")
+        mb.build(mb.MHASpec(16, 4, residual=True), "torch", mode="native")
+    for mode in ("auto", "composed"):
+        with pytest.raises(UnsupportedError, match=r"out_proj_size: given 8; .* in the drop-in"):
+            mb.build(mb.MHASpec(16, 4, out_proj_size=8), "torch", mode=mode)
     with pytest.raises(ArgumentError, match="mode"):
         mb.build(mb.MHASpec(16, 4), "torch", mode="fast")
     with pytest.raises(WeightsError, match="k_weight"):
@@ -223,3 +364,38 @@ def test_a_framework_that_is_not_here_is_a_clear_error() -> None:
             mb.build(mb.MHASpec(16, 4), name)
     with pytest.raises(ArgumentError, match="torch, mindspore, megengine"):
         mb.build(mb.MHASpec(16, 4), "tensorflow")
+
+
+@pytest.fixture(scope="module", params=["torch@1.8.1", "mindspore@2.0.0"])
+def old_worker(request: pytest.FixtureRequest) -> Iterator[Worker]:
+    name = request.param
+    info = next((info for info in mb.backends(probe=False) if info.name == name), None)
+    if info is None:
+        pytest.skip(f"{name} is not installed: make test-versions")
+    modules = {
+        "mhabridge.bridge": shipping.source("mhabridge.bridge"),
+        "ours": Path(__file__).with_name("worker_bridge.py").read_text(encoding="utf-8"),
+    }
+    made = Worker(info.python, mapping.parse_name(name)[0], extra_modules=modules)
+    yield made
+    made.close()
+
+
+@pytest.mark.versions
+@pytest.mark.parametrize("mode", ["auto", "composed"])
+@pytest.mark.parametrize("kind", [{}, {"batch_first": True}, *BEYOND[:2], {"kdim": 6, "add_bias_kv": True}])
+def test_build_convert_and_attend_in_older_versions(old_worker: Worker, kind: dict[str, Any], mode: str) -> None:
+    spec = mb.MHASpec(16, 4, **kind)
+    weights = mb.MHAWeights.random(spec)
+    rng = np.random.default_rng(0)
+    lengths = ((3, 16), (5, spec.key_features), (5, spec.value_features))
+    one = [rng.standard_normal(shape).astype(np.float32) for shape in lengths]
+    two = [np.stack([array, 2 * array], axis=0 if spec.batch_first else 1) for array in one]
+    payload = {"spec": spec.to_dict(), "weights": weights.to_tree(), "inputs": [one, two], "mode": mode}
+    found = old_worker.call("ours:built", payload, timeout=100)
+    for layer in found["layers"]:
+        assert mb.MHASpec.from_dict(layer["spec"]) == spec
+        assert mb.MHAWeights.from_tree(layer["weights"]) == weights
+    for inputs, output in zip((one, two), found["answers"], strict=True):
+        known = mb.backend("numpy").run(spec, weights, *inputs, is_causal=True).output
+        np.testing.assert_allclose(output, known, rtol=0, atol=1e-5)

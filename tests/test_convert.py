@@ -40,6 +40,32 @@ def test_to_mindspore_and_back(kind: dict[str, Any], training: bool) -> None:
         assert tensor.numpy().tobytes() == back.state_dict()[name].numpy().tobytes()
 
 
+def test_what_no_native_class_computes_moves_as_a_drop_in() -> None:
+    pytest.importorskip("mindspore", reason="MindSpore is not importable here")
+    from mhabridge.adapters.mindspore import MultiheadAttention
+
+    spec = mb.MHASpec(16, 4, kdim=6, scale=0.3, residual=True, out_dropout=0.5)
+    layer = mb.build(spec, "torch", mb.MHAWeights.random(spec)).eval()
+    layer.k_proj_weight.requires_grad_(False)
+    notes: list[str] = []
+    moved = mb.convert(layer, to="mindspore", notes=notes)
+    assert isinstance(moved, MultiheadAttention)
+    assert notes[0].startswith("composed: the drop-in: out_dropout is 0.5")
+    assert not moved.training
+    assert [name for name, parameter in moved.parameters_and_names() if not parameter.requires_grad] == [
+        "k_proj_weight"
+    ]
+    assert mb.extract(moved) == mb.extract(layer)
+    assert mb.extract(mb.convert(moved, to="torch")) == mb.extract(layer)
+
+
+def test_a_drop_in_of_a_plain_layer_moves_to_the_native_class() -> None:
+    layer = mb.build(mb.MHASpec(16, 4), "torch", mode="composed")
+    moved = mb.convert(layer, to="torch")
+    assert type(moved) is torch.nn.MultiheadAttention
+    assert mb.extract(moved) == mb.extract(layer)
+
+
 def test_packed_parameters_must_be_frozen_together() -> None:
     layer = torch.nn.MultiheadAttention(16, 4, kdim=6)
     layer.q_proj_weight.requires_grad_(False)

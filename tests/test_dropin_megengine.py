@@ -351,6 +351,82 @@ def test_a_drop_in_has_no_native_form(worker: Worker) -> None:
         ask(worker, "attend", spec, *material(spec), call={"mode": "native"})
 
 
+# -- mb.build and mb.convert ------------------------------------------------------------------------------------------
+
+BATCH_FIRST = {"batch_first": True}
+# Which form "auto" builds: the native module has no other axis order, no added columns, no scale and no residual.
+FORMS: list[tuple[str, dict[str, Any], str]] = [
+    ("native", BATCH_FIRST, ""),
+    ("native", {**BATCH_FIRST, "kdim": 6, "dropout": 0.25, "out_dropout": 0.5, "bias": False}, ""),
+    ("native", {**BATCH_FIRST, "dtype": "float16"}, ""),
+    ("composed", {}, "batch_first"),
+    ("composed", {"out_dropout": 0.5}, "batch_first"),
+    ("composed", {**BATCH_FIRST, "add_bias_kv": True, "vdim": 10}, "add_bias_kv"),
+    ("composed", {**BATCH_FIRST, "add_zero_attn": True}, "add_zero_attn"),
+    ("composed", {**BATCH_FIRST, "scale": 0.3}, "scale"),
+    ("composed", {"scale": -2.0, "residual": True, "kdim": 6, "bias": False, "add_bias_kv": True}, "scale"),
+    ("composed", {"dtype": "float16", "residual": True}, "residual"),
+]
+
+
+def build(worker: Worker, spec: MHASpec, weights: MHAWeights, mode: str, training: bool = False) -> dict[str, Any]:
+    """The description of what was built and of what that converts to, as ``worker_megengine.built`` gives them."""
+    inputs = material(spec)[1]
+    found = ask(worker, "built", spec, weights, inputs, call={"is_causal": True}, mode=mode, training=training)
+    for layer in (found["built"], found["moved"]):
+        layer.update(spec=MHASpec.from_dict(layer["spec"]), weights=MHAWeights.from_tree(layer["weights"]))
+    if not training:
+        assert not off(spec, weights, inputs, Result(*found["answer"]), is_causal=True)
+    return dict(found)
+
+
+@pytest.mark.parametrize("mode", ["auto", "composed"])
+@pytest.mark.parametrize(("form", "kind", "reason"), FORMS)
+def test_build_and_convert(worker: Worker, form: str, kind: dict[str, Any], reason: str, mode: str) -> None:
+    spec = MHASpec(16, 4, **kind)
+    weights = MHAWeights.random(spec)
+    found = build(worker, spec, weights, mode, training=mode == "auto")
+    if mode == "composed":
+        assert found["built"]["notes"] == ["composed: the drop-in: asked for"]
+        assert found["built"]["drop-in"]
+    for layer in (found["moved"], *([found["built"]] if mode == "auto" else [])):
+        assert layer["drop-in"] == (form == "composed")
+        (note,) = layer["notes"]
+        assert note.startswith(f"composed: the drop-in: {reason} is" if reason else "native: ")
+    for layer in (found["built"], found["moved"]):
+        assert (layer["spec"], layer["weights"]) == (spec, weights)
+        assert layer["training"] == (mode == "auto")
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_stand_in_biases_are_zero_and_said(worker: Worker, batch_first: bool) -> None:
+    spec = MHASpec(16, 4, k_bias=False, batch_first=batch_first)
+    weights = MHAWeights.random(spec)
+    layer = build(worker, spec, weights, "auto")["built"]
+    assert layer["drop-in"] != batch_first
+    assert layer["spec"] == spec.replace(k_bias=True)
+    assert "k_bias as zeros" in layer["notes"][1]
+    assert not layer["weights"].k_bias.any()
+    for name, array in weights.arrays().items():
+        np.testing.assert_array_equal(layer["weights"].arrays()[name], array, err_msg=name)
+
+
+@pytest.mark.parametrize(
+    ("mode", "kind", "subject"),
+    [
+        ("native", {}, "batch_first"),
+        ("native", {**BATCH_FIRST, "residual": True}, "residual"),
+        ("auto", {"out_proj_size": 8}, "out_proj_size"),
+        ("composed", {"q_proj_size": 8, "k_proj_size": 8}, "q_proj_size, k_proj_size"),
+        ("auto", {"dtype": "bfloat16"}, "dtype"),
+    ],
+)
+def test_what_is_not_built(worker: Worker, mode: str, kind: dict[str, Any], subject: str) -> None:
+    with pytest.raises(UnsupportedError) as caught:
+        worker.call("dropin:refuse_to_build", {"spec": MHASpec(16, 4, **kind).to_dict(), "mode": mode})
+    assert caught.value.subject == subject
+
+
 # -- refusals ---------------------------------------------------------------------------------------------------------
 
 

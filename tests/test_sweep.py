@@ -1,20 +1,27 @@
 """A sweep over the space of layers and calls: seeded, every pair of feature values at least once, on every backend.
 
-600 cases for each backend; ``--sweep 5000`` runs more. No case is skipped: what a backend does not have (a dtype) must
-be refused by name, everything else is answered and judged, outputs, weights and gradients.
+600 cases for each backend; ``--sweep 5000`` runs more. Each case runs in the mode that it drew, "auto" or "composed",
+and in mode "native". No case is skipped: outputs, weights and gradients are judged, or the call is refused, and then
+the features that the error names are those of tests/refusals.toml that the case has.
+
+Where "auto" answers with the native layer, "native" is the same computation: of those only every tenth runs twice.
 """
 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 
-from mhabridge import MHASpec, MHAWeights, dtypes
+from mhabridge import MHASpec, MHAWeights, UnsupportedError, dtypes, mapping, reference
+from mhabridge.backends.running import prepare
+from mhabridge.calls import Call
+from mhabridge.envelope import FEATURES as NATIVE_FEATURES
 from mhabridge.errors import ArgumentError
-from tests.test_conformance import check_on, refused
+from tests.test_conformance import answer, check_on, refusals, refused
 
 pytestmark = pytest.mark.frameworks
 
@@ -45,10 +52,23 @@ FEATURES: dict[str, tuple[Any, ...]] = {
 CHUNK = 25
 
 
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "chunk" in metafunc.fixturenames:
+        metafunc.parametrize("chunk", range(-(-metafunc.config.getoption("--sweep") // CHUNK)))
+
+
 def draw(number: int) -> dict[str, Any]:
-    """Case ``number``: one value of each feature, made to fit each other."""
+    """Case ``number``: one value of each feature, made to fit each other.
+
+    Half of the layers, and half of their calls, are such as native layers take, or these would hardly ever be asked.
+    """
     rng = np.random.default_rng([2026, number])
     case = {name: values[int(rng.integers(len(values)))] for name, values in FEATURES.items()}
+    usual_layer, usual_call = rng.integers(2, size=2)
+    if usual_layer:
+        case.update(projections="usual", residual=False, scale=None)
+    if usual_layer and usual_call:
+        case.update(extra={}, dtype="float32", gradients=case["gradients"] and "output")
     if case["gradients"] in ("weights", "both"):
         case["need_weights"] = True
     if not case["batched"]:
@@ -128,20 +148,76 @@ def seeds(case: dict[str, Any], spec: MHASpec, rng: np.random.Generator) -> dict
     return found
 
 
+def scores_too_low(spec: MHASpec, weights: MHAWeights, call: Call) -> bool:
+    """Whether all scores of a row lie where MegEngine's softmax loses digits."""
+    largest = reference.score_rows(spec, weights, call)
+    return bool(((largest < -80.0) & np.isfinite(largest)).any())
+
+
+# What a native layer refuses because of a number, when it could take all features of the call.
+NUMBERS: dict[str, Callable[[MHASpec, MHAWeights, Call], bool]] = {
+    "scale": lambda spec, weights, call: not np.isclose(spec.score_scale, (spec.embed_dim / spec.num_heads) ** -0.5),
+    "scores": scores_too_low,
+}
+
+
+class Case:
+    """A case of the sweep, ready to run on any backend."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        self.drawn = draw(number)
+        self.spec = layer(self.drawn)
+        self.weights = MHAWeights.random(self.spec, number)
+        self.arrays, self.call = arguments(self.drawn, self.spec, np.random.default_rng([7, number]))
+
+    def run(self, backend: str, mode: str, refuse: bool) -> Any:
+        """Judge the answer in a mode, or see the call refused."""
+        return check_on(backend, self.spec, self.weights, self.arrays, refuse, **{**self.call, "mode": mode})
+
+    def beyond_native(self, backend: str) -> set[str]:
+        """What tests/refusals.toml says that the native layer refuses of this case, by name; empty: it answers."""
+        row = refusals()[backend]
+        call = prepare(self.spec, self.weights, *self.arrays, **self.call).call
+        if self.spec.dtype in row["missing_dtypes"]:
+            return {self.spec.dtype}
+        found = {name for name in (*row["features"], *row["dtypes"]) if NATIVE_FEATURES[name](self.spec, call)}
+        return found or {name for name in row["numbers"] if NUMBERS[name](self.spec, self.weights, call)}
+
+
 def run_case(backend: str, number: int) -> None:
-    case = draw(number)
-    spec = layer(case)
-    arrays, call = arguments(case, spec, np.random.default_rng([7, number]))
-    refuse = refused(backend, case["mode"], "dtypes", spec.dtype)
+    case = Case(number)
     try:
-        check_on(backend, spec, MHAWeights.random(spec, number), arrays, refuse, **call)
+        mode, beyond = case.drawn["mode"], case.beyond_native(backend)
+        result = case.run(backend, mode, refused(backend, mode, "dtypes", case.spec.dtype))
+        is_native = result is not None and result.notes[0].startswith("native")
+        if backend != mapping.REFERENCE and result is not None and mode == "auto":
+            assert is_native == (not beyond), (result.notes, beyond)
+        if beyond:
+            see_refused(backend, case, beyond)
+        elif not is_native or number % 10 == 0:
+            case.run(backend, "native", False)
     except Exception as error:
-        raise AssertionError(f"case {number}: {case}") from error
+        raise AssertionError(f"case {number}: {case.drawn}") from error
+
+
+def see_refused(backend: str, case: Case, beyond: set[str]) -> None:
+    """Mode "native" refuses a case, and names what is listed for it, all of it and nothing else."""
+    with pytest.raises(UnsupportedError) as found:
+        answer(backend, case.spec, case.weights, case.arrays, **{**case.call, "mode": "native"})
+    assert set(found.value.subject.split(", ")) == beyond
+    assert all(f"{name}: " in found.value.advice for name in beyond)
 
 
 def test_sweep(backend_name: str, chunk: int) -> None:
     for number in range(chunk * CHUNK, (chunk + 1) * CHUNK):
         run_case(backend_name, number)
+
+
+def test_native_layers_answer_many_of_the_cases(backend_name: str) -> None:
+    """``test_sweep`` holds each case to what is listed; so this counts the native answers among the first 600."""
+    answered = sum(not Case(number).beyond_native(backend_name) for number in range(600))
+    assert answered >= refusals()[backend_name]["sweep_answers"]
 
 
 def test_the_sweep_covers_every_pair_of_values() -> None:
@@ -180,6 +256,19 @@ def test_a_case_that_is_wrong_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tests.cases.reference.attend", wrong)
     with pytest.raises(AssertionError, match=f"case {number}"):
         run_case("torch", number)
+
+
+@pytest.mark.parametrize(("beyond", "listed"), [({"residual"}, []), (set(), ["float16"])])
+def test_a_refusal_that_is_not_listed_is_seen_and_a_listed_one_that_is_not_made(
+    beyond: set[str], listed: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cases = (Case(n) for n in range(99))
+    case = next(case for case in cases if case.spec.dtype == "float16" and case.beyond_native("torch") == beyond)
+    run_case("torch", case.number)
+    row = {**refusals()["torch"], "features": listed}
+    monkeypatch.setattr("tests.test_sweep.refusals", lambda: {"torch": row})
+    with pytest.raises((AssertionError, pytest.fail.Exception)):
+        run_case("torch", case.number)
 
 
 def test_layers_that_cannot_be_are_not_drawn() -> None:

@@ -55,7 +55,7 @@ def layer_of(payload):
     if not payload.get("native"):
         return drop_in(payload)
     spec, weights = MHASpec.from_dict(payload["spec"]), MHAWeights.from_tree(payload["weights"])
-    layer = bridge.build(spec, "megengine", weights)
+    layer = bridge.build(spec, "megengine", weights, mode="native")
     layer.train(payload.get("training", False))
     return layer, spec
 
@@ -213,6 +213,37 @@ def exchange(framework, payload):
         "native": arrays(native(*inputs, need_weights=True, average_attn_weights=True)),
         "back": bridge.extract(back)[1] == bridge.extract(layer)[1] == bridge.extract(native)[1],
     }
+
+
+def built(framework, payload):
+    """A layer made by ``mb.build``, then by ``mb.convert`` from that: what each is, and the first one's answer."""
+    spec, weights = MHASpec.from_dict(payload["spec"]), MHAWeights.from_tree(payload["weights"])
+    notes, moved_notes = [], []
+    layer = bridge.build(spec, "megengine", weights, mode=payload["mode"], notes=notes)
+    layer.train(payload["training"])
+    moved = bridge.convert(layer, to="megengine", notes=moved_notes)
+    inputs, call = tensors_of(payload)
+    return {
+        "built": described(layer, notes),
+        "moved": described(moved, moved_notes),
+        "answer": arrays(bridge.attend(layer, *inputs, **call)),
+    }
+
+
+def described(layer, notes):
+    spec, weights = bridge.extract(layer)
+    return {
+        "spec": spec.to_dict(),
+        "weights": weights.to_tree(),
+        "training": layer.training,
+        "drop-in": isinstance(layer, MultiheadAttention),
+        "notes": notes,
+    }
+
+
+def refuse_to_build(framework, payload):
+    """A layer that must not be made."""
+    return repr(bridge.build(MHASpec.from_dict(payload["spec"]), "megengine", mode=payload["mode"]))
 
 
 def refuse(framework, payload):

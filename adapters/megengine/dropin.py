@@ -9,6 +9,7 @@ import megengine
 import megengine.functional
 import megengine.module
 
+from mhabridge.dropin import beyond, plain, spec_of_arguments
 from mhabridge.initial import initial_values
 from mhabridge.live import Options
 from mhabridge.spec import MHASpec
@@ -66,28 +67,25 @@ class MultiheadAttention(megengine.module.Module):  # type: ignore[misc]
         device: Any = None,
         dtype: Any = None,
     ) -> None:
-        super().__init__()
-        spec = MHASpec(
-            embed_dim,
-            num_heads,
-            kdim,
-            vdim,
-            dropout,
-            bias,
-            add_bias_kv=add_bias_kv,
-            add_zero_attn=add_zero_attn,
-            batch_first=batch_first,
-            dtype="float32" if dtype is None else dtype,
+        spec = spec_of_arguments(
+            embed_dim, num_heads, dropout, bias, add_bias_kv, add_zero_attn, kdim, vdim, batch_first, dtype
         )
+        self._set_up(spec, initial_values(spec), device, [])
+
+    def _set_up(self, spec: MHASpec, weights: MHAWeights, device: Any, notes: list[str]) -> None:
+        """Make it a layer of any spec that a drop-in can hold, with these weights."""
+        super().__init__()
         refuse_dtype(spec)
         self.embed_dim, self.num_heads = spec.embed_dim, spec.num_heads
         self.kdim, self.vdim = spec.key_features, spec.value_features
-        self.dropout, self.bias, self.batch_first = spec.dropout, bool(spec.bias), spec.batch_first
+        self.dropout, self.bias, self.batch_first = spec.dropout, spec.bias is not False, spec.batch_first
         self.add_bias_kv, self.add_zero_attn = spec.add_bias_kv, spec.add_zero_attn
-        self._set_parameters(initial_values(spec), spec, device)
+        self.beyond = beyond(spec)
+        self._set_parameters(weights, plain(spec), device, notes)
 
-    def _set_parameters(self, weights: MHAWeights, spec: MHASpec, device: Any) -> None:
-        packed = dataclasses.replace(weights, bias_k=None, bias_v=None).to_layout("megengine", packed_part(spec))
+    def _set_parameters(self, weights: MHAWeights, spec: MHASpec, device: Any, notes: list[str]) -> None:
+        part = dataclasses.replace(weights, bias_k=None, bias_v=None)
+        packed = part.to_layout("megengine", packed_part(spec), notes=notes)
         self.io_weight_bias = parameter(packed["io_weight_bias"], device)
         for name in ("bias_k", "bias_v"):
             array = getattr(weights, name)
@@ -111,3 +109,22 @@ class MultiheadAttention(megengine.module.Module):  # type: ignore[misc]
     def _module_info_string(self) -> str:
         text = f"embed_dim={self.embed_dim}, num_heads={self.num_heads}, dropout={self.dropout}, bias={self.bias}"
         return f"{text}, kdim={self.kdim}, vdim={self.vdim}, batch_first={self.batch_first}"
+
+
+def build_dropin(
+    spec: MHASpec, weights: MHAWeights | None = None, *, device: Any = None, notes: list[str] | None = None
+) -> MultiheadAttention:
+    """A drop-in of a spec; it also computes a scale, a dropout on the output and a residual of the spec's own.
+
+    Args:
+        spec: the layer.
+        weights: its parameters; None for PyTorch's initial values (see ``mhabridge.manual_seed``).
+        device: as for the class.
+        notes: a list that is filled with what it has beyond the spec: where only some projections have a bias, zeros.
+
+    Raises:
+        UnsupportedError: projections of other sizes than PyTorch's, or a dtype that the framework does not have.
+    """
+    layer = MultiheadAttention.__new__(MultiheadAttention)
+    layer._set_up(spec, initial_values(spec) if weights is None else weights, device, [] if notes is None else notes)
+    return layer

@@ -8,6 +8,7 @@ import megengine
 import megengine.functional
 import megengine.module
 
+from mhabridge import dropin
 from mhabridge.errors import UnsupportedError
 from mhabridge.live import Traits
 from mhabridge.native import native_form
@@ -31,15 +32,14 @@ def extract(layer: Any) -> tuple[MHASpec, MHAWeights]:
         WeightsError: the packed vector does not have the length that the module's sizes say.
         UnsupportedError: a subclass with a forward of its own.
     """
-    if type(layer).forward not in (megengine.module.MultiHeadAttention.forward, MultiheadAttention.forward):
-        raise UnsupportedError(
-            "layer",
-            given=f"{type(layer).__qualname__}, whose forward is its own",
-            expected="megengine.module.MultiHeadAttention's",
-            advice="What it computes is not known; only a module that computes plain attention can be moved.",
-        )
+    require_plain(layer)
     spec = spec_of(layer)
     return spec, weights_of(layer, spec)
+
+
+def require_plain(layer: Any) -> None:
+    """Raise UnsupportedError for a subclass with a forward of its own."""
+    dropin.require_plain(layer, "forward", megengine.module.MultiHeadAttention, MultiheadAttention)
 
 
 def build(
@@ -76,7 +76,13 @@ def set_traits(layer: Any, wanted: Traits) -> None:
     Raises:
         UnsupportedError: a parameter is frozen; see there.
     """
-    frozen = [name for name, trainable in wanted.trainable.items() if not trainable]
+    refuse_frozen(wanted.trainable)
+    layer.train(wanted.training)
+
+
+def refuse_frozen(trainable: dict[str, bool]) -> None:
+    """Raise for a parameter that shall not take part in training."""
+    frozen = [name for name, trainable in trainable.items() if not trainable]
     if frozen:
         raise UnsupportedError(
             ", ".join(frozen),
@@ -84,4 +90,3 @@ def set_traits(layer: Any, wanted: Traits) -> None:
             expected="parameters that take part in training",
             advice="MegEngine freezes by leaving a parameter out of GradManager.attach; unfreeze it before converting.",
         )
-    layer.train(wanted.training)

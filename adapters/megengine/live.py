@@ -19,7 +19,7 @@ from mhabridge.native import flat_mask
 from mhabridge.spec import MHASpec
 
 from .native import FRAMEWORK, FUNCTIONAL, fused, unfit, version
-from .ops import MegEngineOps
+from .ops import PackedOps
 from .parameters import named_tensors, spec_of, weights_of
 
 
@@ -33,7 +33,7 @@ def attend(
 ) -> tuple[Any, Any]:
     """One call of a live module, composed unless ``mode="native"`` asks for the operator and the values allow it."""
     spec = spec_of(layer)
-    ops = MegEngineOps(layer.io_weight_bias.device)
+    ops = PackedOps(layer.io_weight_bias.device)
     if options.mode == "native":
         return _attend_native(ops, layer, spec, inputs, key_padding_mask, attn_mask, options, notes)
     asked = options.mode == "composed"
@@ -42,7 +42,7 @@ def attend(
 
 
 def _attend_native(
-    ops: MegEngineOps,
+    ops: PackedOps,
     layer: Any,
     spec: MHASpec,
     inputs: tuple[Any, Any, Any],
@@ -78,7 +78,7 @@ def _attend_native(
 
 
 def _canonical_call(
-    ops: MegEngineOps,
+    ops: PackedOps,
     spec: MHASpec,
     batched: bool,
     inputs: tuple[Any, Any, Any],

@@ -13,7 +13,9 @@ import megengine.module
 import numpy as np
 
 from mhabridge import mapping
+from mhabridge.dropin import plain
 from mhabridge.errors import ArgumentError, UnsupportedError
+from mhabridge.live import remembered_spec
 from mhabridge.spec import MHASpec
 from mhabridge.weights import MHAWeights
 
@@ -21,18 +23,18 @@ from mhabridge.weights import MHAWeights
 def spec_of(layer: Any) -> MHASpec:
     """What a native module or a drop-in is."""
     own = not isinstance(layer, megengine.module.MultiHeadAttention)
-    return MHASpec(
+    return remembered_spec(
         embed_dim=layer.embed_dim,
         num_heads=layer.num_heads,
         kdim=layer.kdim,
         vdim=layer.vdim,
         dropout=layer.dropout if own else layer.attn_dropout,
-        out_dropout=0.0 if own else layer.out_dropout,
         bias=layer.bias,
         add_bias_kv=layer.add_bias_kv,
         add_zero_attn=layer.add_zero_attn,
         batch_first=layer.batch_first if own else True,
         dtype=np.dtype(layer.io_weight_bias.dtype).name,
+        **(layer.beyond if own else {"out_dropout": layer.out_dropout}),
     )
 
 
@@ -52,7 +54,7 @@ def weights_of(layer: Any, spec: MHASpec) -> MHAWeights:
 
 def packed_part(spec: MHASpec) -> MHASpec:
     """What of a layer lies in io_weight_bias: all but bias_k and bias_v."""
-    return spec.replace(add_bias_kv=False)
+    return plain(spec).replace(add_bias_kv=False)
 
 
 def refuse_dtype(spec: MHASpec) -> None:
@@ -78,16 +80,13 @@ def parameter(array: np.ndarray, device: Any) -> Any:
 
 
 def named_tensors(layer: Any, spec: MHASpec) -> dict[str, Any]:
-    """The module's own parameters, differentiable, by canonical name: the packed vector's parts, turned."""
+    """The module's own parameters, differentiable, by canonical name: the packed vector's parts, weights (in, out)."""
     functional, shapes = megengine.functional, spec.parameter_shapes()
     (entry,) = mapping.table("megengine")["layouts"]["megengine"]["tensors"]
     names = [name for name in entry["parts"] if name in shapes]
     ends = list(itertools.accumulate(math.prod(shapes[name]) for name in names))[:-1]
     parts = functional.split(functional.reshape(layer.io_weight_bias, (-1,)), ends)
-    found = {}
-    for name, part in zip(names, parts):
-        turned = functional.reshape(part, shapes[name][::-1])
-        found[name] = functional.transpose(turned, (1, 0)) if len(shapes[name]) == 2 else turned
+    found = {name: functional.reshape(part, shapes[name][::-1]) for name, part in zip(names, parts)}
     if spec.add_bias_kv:
         found.update({name: functional.reshape(getattr(layer, name), (-1,)) for name in ("bias_k", "bias_v")})
     return found

@@ -20,7 +20,8 @@ All modules of this package also run inside workers (Python 3.8).
 
 from __future__ import annotations
 
-from .dropin import MultiheadAttention
+from . import state, transformer
+from .dropin import MultiheadAttention, build_dropin
 from .layers import build, extract, is_layer, set_traits, traits
 from .live import attend
 from .native import FRAMEWORK, run_native, unfit, version
@@ -32,11 +33,14 @@ __all__ = [
     "MultiheadAttention",
     "attend",
     "build",
+    "build_dropin",
     "extract",
     "is_layer",
     "run_native",
     "set_traits",
+    "state",
     "traits",
+    "transformer",
     "unfit",
     "version",
 ]

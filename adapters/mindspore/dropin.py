@@ -6,14 +6,17 @@ from typing import Any
 
 import mindspore
 
+from mhabridge.dropin import beyond, plain, spec_of_arguments
 from mhabridge.initial import initial_values
 from mhabridge.live import Options
+from mhabridge.native import native_form
 from mhabridge.spec import MHASpec
+from mhabridge.weights import MHAWeights
 
 from .compiled import additive, compiled_causal, compiled_mask, compiled_sizes, rows_times, softmax
 from .gradients import prove_gradients
 from .live import attend
-from .native import constructor_kwargs, refuse_device
+from .native import FRAMEWORK, constructor_kwargs, refuse_device, version
 from .parameters import load
 
 
@@ -64,25 +67,24 @@ class MultiheadAttention(mindspore.nn.MultiheadAttention):  # type: ignore[misc]
         device: Any = None,
         dtype: Any = None,
     ) -> None:
-        refuse_device(device)
-        spec = MHASpec(
-            embed_dim,
-            num_heads,
-            kdim,
-            vdim,
-            dropout,
-            bias,
-            add_bias_kv=add_bias_kv,
-            add_zero_attn=add_zero_attn,
-            batch_first=batch_first,
-            dtype="float32" if dtype is None else dtype,
+        spec = spec_of_arguments(
+            embed_dim, num_heads, dropout, bias, add_bias_kv, add_zero_attn, kdim, vdim, batch_first, dtype
         )
-        super().__init__(**constructor_kwargs(spec))
+        self._set_up(spec, initial_values(spec), device, [])
+
+    def _set_up(self, spec: MHASpec, weights: MHAWeights, device: Any, notes: list[str]) -> None:
+        """Make it a layer of any spec that a drop-in can hold, with these weights."""
+        refuse_device(device)
+        held = plain(spec)
+        form = native_form(held, FRAMEWORK, version())
+        super().__init__(**constructor_kwargs(form.spec.replace(dtype=spec.dtype)))
+        self.beyond = beyond(spec)
         self._spec = spec.to_json()
         self._dtype = spec.dtype
         self._scale = spec.score_scale
+        self._out_dropout, self._residual = spec.out_dropout, spec.residual
         self.set_train(True)
-        load(self, initial_values(spec).to_layout("mindspore", spec))
+        load(self, weights.to_layout("mindspore", held, notes=notes))
         if mindspore.get_context("mode") == mindspore.PYNATIVE_MODE:
             prove_gradients()
 
@@ -154,6 +156,12 @@ class MultiheadAttention(mindspore.nn.MultiheadAttention):  # type: ignore[misc]
         output = self._turned(mindspore.ops.reshape(output, (batch, target, self.embed_dim)), batched)
         if not batched:
             output = mindspore.ops.reshape(output, (target, self.embed_dim))
+        if self.training and self._out_dropout == 1.0:
+            output = output * 0.0
+        elif self.training and self._out_dropout > 0.0:
+            output = mindspore.ops.dropout(output, self._out_dropout, training=True)
+        if self._residual:
+            output = output + query
         if not need_weights:
             return output, None
         if average_attn_weights:
@@ -214,3 +222,22 @@ class MultiheadAttention(mindspore.nn.MultiheadAttention):  # type: ignore[misc]
                 shape = (mask.shape[0], mask.shape[1], mask.shape[2], extra)
                 mask = mindspore.ops.concat((mask, mindspore.ops.zeros(shape, mask.dtype)), 3)
         return mask
+
+
+def build_dropin(
+    spec: MHASpec, weights: MHAWeights | None = None, *, device: Any = None, notes: list[str] | None = None
+) -> MultiheadAttention:
+    """A drop-in of a spec; it also computes a scale, a dropout on the output and a residual of the spec's own.
+
+    Args:
+        spec: the layer.
+        weights: its parameters; None for PyTorch's initial values (see ``mhabridge.manual_seed``).
+        device: as for the class.
+        notes: a list that is filled with what it has beyond the spec: where only some projections have a bias, zeros.
+
+    Raises:
+        UnsupportedError: projections of other sizes than PyTorch's, or a dtype that the framework does not have.
+    """
+    layer = MultiheadAttention.__new__(MultiheadAttention)
+    layer._set_up(spec, initial_values(spec) if weights is None else weights, device, [] if notes is None else notes)
+    return layer

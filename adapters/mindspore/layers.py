@@ -6,6 +6,7 @@ from typing import Any
 
 import mindspore
 
+from mhabridge import dropin
 from mhabridge.errors import UnsupportedError
 from mhabridge.live import Traits
 from mhabridge.native import native_form
@@ -29,15 +30,14 @@ def extract(layer: Any) -> tuple[MHASpec, MHAWeights]:
         WeightsError: parameters that such a cell does not have, or of another shape.
         UnsupportedError: a subclass with a construct of its own.
     """
-    if type(layer).construct not in (mindspore.nn.MultiheadAttention.construct, MultiheadAttention.construct):
-        raise UnsupportedError(
-            "layer",
-            given=f"{type(layer).__qualname__}, whose construct is its own",
-            expected="mindspore.nn.MultiheadAttention's",
-            advice="What it computes is not known; only a cell that computes plain attention can be moved.",
-        )
+    require_plain(layer)
     spec = spec_of(layer)
     return spec, weights_of(layer, spec)
+
+
+def require_plain(layer: Any) -> None:
+    """Raise UnsupportedError for a subclass with a construct of its own."""
+    dropin.require_plain(layer, "construct", mindspore.nn.MultiheadAttention, MultiheadAttention)
 
 
 def build(

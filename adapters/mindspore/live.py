@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import mindspore
 import numpy as np
 
-from mhabridge import envelope, live, masks
+from mhabridge import dropin, envelope, live, masks
 from mhabridge.calls import Call
 from mhabridge.checks import sizes_of
 from mhabridge.errors import UnsupportedError
@@ -56,7 +57,7 @@ def attend(
 
 
 def _why_composed(spec: MHASpec, sizes: masks.Sizes, options: Options, masked: bool) -> str:
-    found = _violations(spec, sizes, options)
+    found = _violations(spec, sizes, options.training)
     impossible = [limit for limit in found if not limit.composable]
     if impossible and mindspore.get_context("device_target") == "CPU":  # what the envelope was measured on
         raise UnsupportedError(
@@ -73,10 +74,11 @@ def _why_composed(spec: MHASpec, sizes: masks.Sizes, options: Options, masked: b
         return "A native cell that was compiled for one tensor given three times answers for three tensors as for one."
     if sizes.source == 1:
         return "A native gradient over one source position, if it is the first, spoils all later ones in the process."
-    return "; ".join(limit.reason for limit in found if limit.composable)
+    return dropin.why_composed(spec) or "; ".join(limit.reason for limit in found if limit.composable)
 
 
-def _violations(spec: MHASpec, sizes: masks.Sizes, options: Options) -> list[envelope.Limit]:
+@functools.lru_cache(maxsize=1024)
+def _violations(spec: MHASpec, sizes: masks.Sizes, training: bool) -> list[envelope.Limit]:
     """The limits that a call without masks goes beyond; it may be part of a gradient, which nobody says beforehand."""
     query, key, value, grad = (
         np.broadcast_to(np.float32(0), (sizes.batch, length, features))
@@ -87,18 +89,24 @@ def _violations(spec: MHASpec, sizes: masks.Sizes, options: Options) -> list[env
             (sizes.target, spec.out_features),
         )
     )
-    call = Call(query, key, value, training=options.training, grad_output=grad)
+    call = Call(query, key, value, training=training, grad_output=grad)
     return envelope.violations(FRAMEWORK, version(), spec, call)
 
 
 def _attend_native(layer: Any, inputs: tuple[Any, Any, Any], options: Options) -> tuple[Any, Any]:
-    layer.q_is_k = layer.k_is_v = False  # of an earlier call; with both False the cell is right for any tensors
-    answer = mindspore.nn.MultiheadAttention.construct(
-        layer,
-        *inputs,
-        need_weights=options.need_weights,
-        average_attn_weights=options.average_attn_weights,
-    )
+    query, key, value = inputs
+    layer.q_is_k, layer.k_is_v = query is key, key is value  # as its own __call__ sets them
+    try:
+        answer = mindspore.nn.MultiheadAttention.construct(
+            layer,
+            query,
+            key,
+            value,
+            need_weights=options.need_weights,
+            average_attn_weights=options.average_attn_weights,
+        )
+    finally:
+        layer.q_is_k = layer.k_is_v = False  # what a compiler finds; with both False the cell is right for any tensors
     return answer[0], answer[1] if options.need_weights else None
 
 

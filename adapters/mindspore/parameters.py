@@ -8,7 +8,9 @@ import mindspore
 import numpy as np
 
 from mhabridge import dtypes
+from mhabridge.dropin import plain
 from mhabridge.errors import WeightsError
+from mhabridge.live import remembered_spec
 from mhabridge.spec import MHASpec
 from mhabridge.weights import MHAWeights
 
@@ -17,7 +19,7 @@ from .tensors import to_numpy, to_tensor
 
 def spec_of(layer: Any) -> MHASpec:
     """What the layer is."""
-    return MHASpec(
+    return remembered_spec(
         embed_dim=layer.embed_dim,
         num_heads=layer.num_heads,
         kdim=layer.kdim,
@@ -29,6 +31,7 @@ def spec_of(layer: Any) -> MHASpec:
         add_zero_attn=layer.add_zero_attn,
         batch_first=layer.batch_first,
         dtype=dtypes.canonical(layer.out_proj.weight.dtype),
+        **getattr(layer, "beyond", {}),
     )
 
 
@@ -59,7 +62,7 @@ def weights_of(layer: Any, spec: MHASpec) -> MHAWeights:
         WeightsError: parameters that such a cell does not have, or of another shape.
     """
     named = {name: to_numpy(parameter) for name, parameter in own_parameters(layer).items()}
-    return MHAWeights.from_layout("mindspore", named, spec)
+    return MHAWeights.from_layout("mindspore", named, plain(spec))
 
 
 def load(layer: Any, named: dict[str, np.ndarray]) -> None:

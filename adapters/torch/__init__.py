@@ -6,7 +6,8 @@ Why it is built so:
 - query, key and value are always three tensors: only a layer that sees one tensor three times takes the fast path,
   which ignores is_causal and has its own answer for fully masked rows.
 - A fully masked row is NaN only when weights are asked for (without them the row is the out bias), so they are asked
-  for.
+  for. A live layer's call, whose values nobody looks at, instead has NaN put into such rows of the mask or the output.
+- A live layer gets bool masks as they are where that is right: its fast path takes them, and no float ones.
 - 1.8.1 keeps out_proj.bias, with random values, when bias is False; it is set to zero.
 
 All modules of this package also run inside workers (Python 3.8).
@@ -14,7 +15,8 @@ All modules of this package also run inside workers (Python 3.8).
 
 from __future__ import annotations
 
-from .dropin import MultiheadAttention
+from . import state, transformer
+from .dropin import MultiheadAttention, build_dropin
 from .layers import build, extract, is_layer, set_traits, traits
 from .live import attend
 from .native import FRAMEWORK, run_native, unfit, version
@@ -26,11 +28,14 @@ __all__ = [
     "MultiheadAttention",
     "attend",
     "build",
+    "build_dropin",
     "extract",
     "is_layer",
     "run_native",
     "set_traits",
+    "state",
     "traits",
+    "transformer",
     "unfit",
     "version",
 ]

@@ -6,13 +6,15 @@ from typing import Any
 
 import torch
 
+from mhabridge.dropin import beyond, plain, spec_of_arguments
 from mhabridge.initial import initial_values
 from mhabridge.live import Options
 from mhabridge.native import native_form
 from mhabridge.spec import MHASpec
+from mhabridge.weights import MHAWeights
 
 from .live import attend
-from .native import FRAMEWORK, version
+from .native import FRAMEWORK, on_device, version
 from .parameters import load
 
 
@@ -46,24 +48,20 @@ class MultiheadAttention(torch.nn.MultiheadAttention):  # type: ignore[misc]
         dtype: Any = None,
     ) -> None:
         dtype = torch.get_default_dtype() if dtype is None else dtype
-        spec = MHASpec(
-            embed_dim,
-            num_heads,
-            kdim,
-            vdim,
-            dropout,
-            bias,
-            add_bias_kv=add_bias_kv,
-            add_zero_attn=add_zero_attn,
-            batch_first=batch_first,
-            dtype=dtype,
+        spec = spec_of_arguments(
+            embed_dim, num_heads, dropout, bias, add_bias_kv, add_zero_attn, kdim, vdim, batch_first, dtype
         )
-        super().__init__(**native_form(spec, FRAMEWORK, version(), turn=True).kwargs)
-        self.batch_first = batch_first  # PyTorch 1.8.1 has none: its own forward is not used then
-        self.to(dtype=dtype)
-        load(self, initial_values(spec).to_layout("torch", spec))
-        if device is not None:
-            self.to(device)
+        self._set_up(spec, initial_values(spec), device, [])
+
+    def _set_up(self, spec: MHASpec, weights: MHAWeights, device: Any, notes: list[str]) -> None:
+        """Make it a layer of any spec that a drop-in can hold, with these weights."""
+        held = plain(spec)
+        super().__init__(**native_form(held, FRAMEWORK, version(), turn=True).kwargs)
+        self.batch_first = spec.batch_first  # PyTorch 1.8.1 has none; such a layer is composed there
+        self.beyond = beyond(spec)
+        self.to(dtype=getattr(torch, spec.dtype))
+        load(self, weights.to_layout("torch", held, notes=notes))
+        on_device(self, device)
 
     def forward(
         self,
@@ -79,3 +77,22 @@ class MultiheadAttention(torch.nn.MultiheadAttention):  # type: ignore[misc]
         """PyTorch's call; see ``mhabridge.attend`` for what the arguments mean."""
         options = Options(is_causal, need_weights, average_attn_weights, training=self.training)
         return attend(self, (query, key, value), key_padding_mask, attn_mask, options, [])
+
+
+def build_dropin(
+    spec: MHASpec, weights: MHAWeights | None = None, *, device: Any = None, notes: list[str] | None = None
+) -> MultiheadAttention:
+    """A drop-in of a spec; it also computes a scale, a dropout on the output and a residual of the spec's own.
+
+    Args:
+        spec: the layer.
+        weights: its parameters; None for PyTorch's initial values (see ``mhabridge.manual_seed``).
+        device: as for the class.
+        notes: a list that is filled with what it has beyond the spec: where only some projections have a bias, zeros.
+
+    Raises:
+        UnsupportedError: projections of other sizes than PyTorch's, or a dtype that the framework does not have.
+    """
+    layer = MultiheadAttention.__new__(MultiheadAttention)
+    layer._set_up(spec, initial_values(spec) if weights is None else weights, device, [] if notes is None else notes)
+    return layer

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from mhabridge.errors import UnsupportedError
+from mhabridge import dropin
 from mhabridge.live import Traits
 from mhabridge.native import native_form
 from mhabridge.spec import MHASpec
@@ -29,15 +29,14 @@ def extract(layer: torch.nn.MultiheadAttention) -> tuple[MHASpec, MHAWeights]:
         WeightsError: parameters that such a layer does not have, or of another shape, or without values (meta).
         UnsupportedError: a subclass with a forward of its own.
     """
-    if type(layer).forward not in (torch.nn.MultiheadAttention.forward, MultiheadAttention.forward):
-        raise UnsupportedError(
-            "layer",
-            given=f"{type(layer).__qualname__}, whose forward is its own",
-            expected="torch.nn.MultiheadAttention's",
-            advice="What it computes is not known; only a layer that computes plain attention can be moved.",
-        )
+    require_plain(layer)
     spec = spec_of(layer)
     return spec, weights_of(layer, spec)
+
+
+def require_plain(layer: Any) -> None:
+    """Raise UnsupportedError for a subclass with a forward of its own."""
+    dropin.require_plain(layer, "forward", torch.nn.MultiheadAttention, MultiheadAttention)
 
 
 def build(

@@ -34,10 +34,19 @@ def build_native(
     layer = torch.nn.MultiheadAttention(**form.kwargs).to(dtype=getattr(torch, spec.dtype))
     if weights is not None:
         load(layer, weights.to_layout("torch", spec, notes=notes))
+    return on_device(layer, device)
+
+
+def on_device(module: torch.nn.Module, device: Any) -> Any:
+    """The module on a device; None leaves it where it is.
+
+    Raises:
+        ArgumentError: PyTorch has no such device here.
+    """
     if device is None:
-        return layer
+        return module
     try:
-        return layer.to(device)
+        return module.to(device)
     except (RuntimeError, AssertionError) as error:  # an unknown name; no CUDA in this build
         raise ArgumentError(
             "device", given=repr(device), expected="a device that PyTorch has here", advice=str(error)

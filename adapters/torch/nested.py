@@ -1,4 +1,4 @@
-"""NestedTensors, whose sequences have lengths of their own: PyTorch's own layer takes them, or they are refused by name.
+"""NestedTensors, whose sequences have lengths of their own: for PyTorch's own layer, or refused by name.
 
 Measured with PyTorch 2.13 on a CPU: only the fast path takes them, that is one NestedTensor of the strided layout as
 query, key and value, without masks, in evaluation and without gradients, for a layer that is batch first, has an even
@@ -45,7 +45,7 @@ def attend(
         UnsupportedError: PyTorch's own layer cannot answer this call, or not by mhabridge's rules.
     """
     options.check()
-    reason = _why_refused(inputs, key_padding_mask, attn_mask, options)
+    reason = _why_refused(layer, inputs, (key_padding_mask, attn_mask), options)
     if not reason:
         flags = {"need_weights": options.need_weights, "average_attn_weights": options.average_attn_weights}
         try:
@@ -56,7 +56,11 @@ def attend(
             notes.append("native: torch.nn.MultiheadAttention")
             notes.append("NestedTensor: the fast path answers; weights are padded with zeros to the longest sequence")
             return output, attention
-    named = {**dict(zip(("query", "key", "value"), inputs)), "key_padding_mask": key_padding_mask, "attn_mask": attn_mask}
+    named = {
+        **dict(zip(("query", "key", "value"), inputs)),
+        "key_padding_mask": key_padding_mask,
+        "attn_mask": attn_mask,
+    }
     raise UnsupportedError(
         ", ".join(name for name, tensor in named.items() if is_nested(tensor)),
         given="a NestedTensor",
@@ -65,13 +69,19 @@ def attend(
     )
 
 
-def _why_refused(inputs: tuple[Any, Any, Any], key_padding_mask: Any, attn_mask: Any, options: Options) -> str:
+def _why_refused(
+    layer: torch.nn.MultiheadAttention, inputs: tuple[Any, Any, Any], masks: tuple[Any, Any], options: Options
+) -> str:
     if options.mode == "composed":
         return "the composed form does not"
+    if getattr(layer, "beyond", {}):
+        return "it computes none of " + ", ".join(layer.beyond)
     if options.is_causal:
         return "there it ignores is_causal"
-    if key_padding_mask is not None or attn_mask is not None:
+    if any(mask is not None for mask in masks):
         return "there it takes no masks"
     if any(getattr(tensor, "layout", None) is not torch.strided for tensor in inputs):
         return "it has no other layout than torch.strided"
+    if layer.in_proj_bias is None:
+        return "there it needs a bias"  # PyTorch's own error ends in "because"
     return ""

@@ -38,7 +38,7 @@ class TorchOps(Ops):
 
     def blocked(self, x: torch.Tensor, dtype: str) -> torch.Tensor:
         zeros = torch.zeros(x.shape, dtype=getattr(torch, dtype), device=x.device)
-        return zeros.masked_fill(x != 0, -np.inf)
+        return zeros.masked_fill(x if x.dtype == torch.bool else x != 0, -np.inf)
 
     def __init__(self, device: Any = None) -> None:
         self.device = device
@@ -81,6 +81,25 @@ class TorchOps(Ops):
 
     def dropout(self, x: torch.Tensor, probability: float) -> torch.Tensor:
         return torch.nn.functional.dropout(x, probability, training=True)
+
+    # What follows is not needed, but faster than what it stands for; and a constant would be copied to a device.
+
+    def zeros(self, shape: tuple[int, ...], dtype: str) -> torch.Tensor:
+        return torch.zeros(shape, dtype=getattr(torch, dtype), device=self.device)
+
+    def causal(self, target: int, source: int, dtype: str) -> torch.Tensor:
+        return torch.full((target, source), -np.inf, dtype=getattr(torch, dtype), device=self.device).triu(1)
+
+    def linear(self, rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        return torch.nn.functional.linear(rows, weight, bias)
+
+    def scores(self, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+        return torch.matmul(query, key.transpose(-2, -1))
+
+    def softmax(self, scores: torch.Tensor) -> torch.Tensor:
+        if scores.dtype in (torch.float32, torch.float64):
+            return torch.softmax(scores, dim=-1)
+        return super().softmax(scores)  # in half precision its gradient rounds once more than the formula's
 
     def run(
         self, function: Any, leaves: list[torch.Tensor], seeds: tuple[np.ndarray | None, np.ndarray | None]

@@ -5,16 +5,21 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from mhabridge.dropin import plain
 from mhabridge.errors import WeightsError
+from mhabridge.live import remembered_spec
 from mhabridge.spec import MHASpec
 from mhabridge.weights import MHAWeights
 
 from .tensors import to_numpy, to_tensor
 
+_compiling = getattr(getattr(torch, "compiler", None), "is_compiling", bool)  # since 2.3
+
 
 def spec_of(layer: torch.nn.MultiheadAttention) -> MHASpec:
     """What the layer is."""
-    return MHASpec(
+    # torch.compile warns about a cache and goes round it; what it compiles asks once.
+    return (MHASpec if _compiling() else remembered_spec)(
         embed_dim=layer.embed_dim,
         num_heads=layer.num_heads,
         kdim=layer.kdim,
@@ -26,6 +31,7 @@ def spec_of(layer: torch.nn.MultiheadAttention) -> MHASpec:
         add_zero_attn=layer.add_zero_attn,
         batch_first=getattr(layer, "batch_first", False),
         dtype=layer.out_proj.weight.dtype,
+        **vars(layer).get("beyond", {}),
     )
 
 
@@ -36,7 +42,7 @@ def weights_of(layer: torch.nn.MultiheadAttention, spec: MHASpec) -> MHAWeights:
         WeightsError: parameters that such a layer does not have, or of another shape, or without values (meta).
     """
     named = {name: to_numpy(tensor) for name, tensor in layer.state_dict().items()}
-    return MHAWeights.from_layout("torch", named, spec)
+    return MHAWeights.from_layout("torch", named, plain(spec))
 
 
 def load(layer: torch.nn.MultiheadAttention, named: dict[str, np.ndarray]) -> None:

@@ -30,6 +30,7 @@ WORKER_MODULES = (
     "mhabridge.initial",
     "mhabridge.live",
     "mhabridge.dialects",
+    "mhabridge.dropin",
     "mhabridge.dtypes",
     "mhabridge.envelope",
     "mhabridge.errors",
@@ -43,6 +44,9 @@ WORKER_MODULES = (
     "mhabridge.reference",
     "mhabridge.signatures",
     "mhabridge.spec",
+    "mhabridge.state",
+    "mhabridge.transformer",
+    "mhabridge.transformer_weights",
     "mhabridge.weights",
 )
 # No password prompts; a host that is down, or goes down, is noticed in bounded time.

@@ -9,7 +9,8 @@ two ways:
 
 - each element: BIAS * |mean of the samples - exact| + SPREAD * (standard deviation of the samples in its row)
   + FLOOR * u * (largest magnitude in the row), with u the dtype's unit roundoff and a row the last axis (for a gradient
-  the largest magnitude in the tensor: whole rows of one cancel to zero);
+  the largest magnitude in the tensor: whole rows of one cancel to zero; and never less than the smallest normal number,
+  below which the dtype's numbers lie no closer, and all samples may round to one of them);
 - the mean absolute error of the tensor: MEAN * (mean of the samples' mean errors) + MEAN_SPREAD * (their standard
   deviation) + u * (mean magnitude).
 
@@ -47,6 +48,7 @@ SPREAD = 12.0
 MEAN = 1.5
 MEAN_SPREAD = 5.0
 FLOOR = 4.0
+SMALLEST_NORMAL = {"float16": 2.0**-14, "bfloat16": 2.0**-126, "float32": 2.0**-126, "float64": 2.0**-1022}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,7 +128,7 @@ def bounds(
     unit = dtypes.UNIT_ROUNDOFF[expected.dtype]
     found = {}
     for name, array in exact.items():
-        magnitude = np.where(np.isfinite(array), np.abs(array), 0.0)
+        magnitude = np.where(np.isfinite(array), np.maximum(np.abs(array), SMALLEST_NORMAL[expected.dtype]), 0.0)
         largest = magnitude.max(initial=0.0) if name.startswith("grads.") else _rows(np.max, magnitude)
         bound = _bound(array, [sample[name] for sample in samples], FLOOR * unit * largest, unit * magnitude)
         found[name] = Bound(2.0 * bound.each, 2.0 * bound.mean) if expected.dtype == "float64" else bound
