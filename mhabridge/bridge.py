@@ -101,6 +101,8 @@ def attend(
 ) -> tuple[Any, Any]:
     """Call a live layer of any framework by one set of rules: native tensors in and out.
 
+    The layer's hooks are not called: they belong to calls of the layer itself.
+
     Args:
         layer: a native attention layer, or a drop-in of ``mhabridge.adapters``.
         query: (L, N, E), or (N, L, E) for a layer that is batch first, or (L, E).
@@ -123,7 +125,7 @@ def attend(
     Raises:
         ArgumentError: a wrong shape, dtype or option.
         ArgumentTypeError: not a layer, or not a tensor of its framework.
-        UnsupportedError: no form that the mode allows answers this call rightly.
+        UnsupportedError: no form that the mode allows answers this call rightly, or the layer's forward is its own.
 
     Example:
         >>> import torch
@@ -133,6 +135,7 @@ def attend(
         [1.0, 0.0, 0.0]
     """
     module = _adapter_of(layer)
+    module.require_plain(layer)
     options = Options(is_causal, need_weights, average_attn_weights, fully_masked, mode, training=bool(layer.training))
     answer: tuple[Any, Any] = module.attend(
         layer, (query, key, value), key_padding_mask, attn_mask, options, [] if notes is None else notes

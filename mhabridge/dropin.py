@@ -9,6 +9,7 @@ This module also runs inside workers (Python 3.8).
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 from mhabridge.errors import UnsupportedError
@@ -93,7 +94,7 @@ def plain(spec: MHASpec) -> MHASpec:
 
 
 def require_plain(layer: Any, method: str, *classes: type) -> None:
-    """Raise unless the layer computes what one of the classes does: a subclass may have a forward of its own.
+    """Raise unless the layer computes what one of the classes does: a subclass may have methods of its own.
 
     Args:
         layer: an instance of one of the classes.
@@ -101,13 +102,30 @@ def require_plain(layer: Any, method: str, *classes: type) -> None:
         classes: the framework's own class and the drop-in.
 
     Raises:
-        UnsupportedError: the method is the subclass's own.
+        UnsupportedError: a method is the subclass's own, or was put on the layer itself.
     """
-    if getattr(type(layer), method) in [getattr(known, method) for known in classes]:
+    known = next(known for known in reversed(classes) if isinstance(layer, known))
+    changed = changed_methods(layer, known)
+    if not changed:
         return
     raise UnsupportedError(
         "layer",
-        given=f"{type(layer).__qualname__}, whose {method} is its own",
+        given=f"{type(layer).__qualname__}, whose {', '.join(changed)} is its own",
         expected=f"the {method} of {classes[0].__module__.partition('.')[0]}'s own class, or of the drop-in",
-        advice="What it computes is not known; only a layer that computes plain attention can be moved.",
+        advice="What it computes is not known; only a layer that computes plain attention can be used.",
     )
+
+
+def changed_methods(layer: Any, known: type) -> list[str]:
+    """The methods of a class that an instance has otherwise: from a subclass, or put on the instance itself.
+
+    Example:
+        >>> class Plain:
+        ...     def forward(self): ...
+        >>> class Odd(Plain):
+        ...     def forward(self): ...
+        >>> changed_methods(Odd(), Plain), changed_methods(Plain(), Plain)
+        (['forward'], [])
+    """
+    own = {name: value for name, value in vars(known).items() if callable(value) and not name.startswith("__")}
+    return [name for name in own if name in vars(layer) or inspect.getattr_static(type(layer), name) is not own[name]]

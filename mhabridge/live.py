@@ -80,7 +80,7 @@ class Traits:
                 expected=f"all of {', '.join(names)} alike: {target} is one parameter",
                 advice="Freeze or unfreeze them together first.",
             )
-        return found.pop() if found else True
+        return found.pop() if found else False  # it stands in for what the layer does not have, and stays zero
 
 
 @functools.lru_cache(maxsize=1024, typed=True)

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
@@ -164,8 +165,14 @@ def find(name: str) -> Layout:
         ArgumentError: there is no such layout, or no such version of it.
         ArgumentTypeError: that is no string.
     """
-    base, version = mapping.parse_name(name)
+    return _find(*mapping.parse_name(name))
+
+
+@functools.lru_cache(maxsize=None)
+def _find(base: str, version: str | None) -> Layout:
+    """Made once: a checkpoint of many layers asks for the same again and again."""
     tables = _tables()
+    name = base if version is None else f"{base}@{version}"
     if base not in tables:
         near = difflib.get_close_matches(base, tables, 1)
         raise ArgumentError(

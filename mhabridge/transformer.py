@@ -10,10 +10,15 @@ This module also runs inside workers (Python 3.8).
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
 import math
+import numbers
+import operator
 from collections.abc import Callable
 from typing import Any
+
+import numpy as np
 
 from mhabridge import mapping
 from mhabridge.errors import ArgumentError, ArgumentTypeError, UnsupportedError
@@ -85,21 +90,23 @@ class TransformerSpec:
         _among("activation", self.activation, ACTIVATIONS)
         attention = self.attention  # MHASpec checks and normalises what both have
         for name in ("embed_dim", "num_heads", "dropout", "batch_first", "dtype"):
-            object.__setattr__(self, name, getattr(attention, name))
-        _count("dim_feedforward", self.dim_feedforward, least=1)
+            self._set(name, getattr(attention, name))
+        self._set("dim_feedforward", _count("dim_feedforward", self.dim_feedforward, least=1))
         for name in ("norm_first", "bias"):
             if not isinstance(getattr(self, name), bool):
                 raise ArgumentTypeError(name, given=repr(getattr(self, name)), expected="True or False")
-        _eps("layer_norm_eps", self.layer_norm_eps)
+        self._set("layer_norm_eps", _eps("layer_norm_eps", self.layer_norm_eps))
         for part in ("encoder", "decoder"):
             self._check_stack(part)
+
+    def _set(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)
 
     def _check_stack(self, part: str) -> None:
         count, eps = getattr(self, f"num_{part}_layers"), getattr(self, f"{part}_norm_eps")
         if self.kind in (part, "transformer"):
-            _count(f"num_{part}_layers", count, least=1)
-            if eps is not None:
-                _eps(f"{part}_norm_eps", eps)
+            self._set(f"num_{part}_layers", _count(f"num_{part}_layers", count, least=1))
+            self._set(f"{part}_norm_eps", None if eps is None else _eps(f"{part}_norm_eps", eps))
         elif count or eps is not None:
             name = f"num_{part}_layers" if count else f"{part}_norm_eps"
             raise ArgumentError(name, given=str(count or eps), expected=f"nothing: kind {self.kind!r} has no {part}")
@@ -262,6 +269,51 @@ class LayerParts:
 
     def _attention_path(self) -> str:
         return f"mb.extract(model.{join(self.path, 'self_attn')})."
+
+
+def require_part(part: Any, path: str, method: str, *classes: type) -> Any:
+    """The part itself, which must be one of a framework's own and compute what that does.
+
+    Args:
+        part: a linear map, a dropout or a norm.
+        path: of the part.
+        method: the name of the method that computes: "forward" or "construct".
+        classes: what it may be; a subclass of one that computes the same will do.
+
+    Raises:
+        UnsupportedError: it is another one.
+    """
+    for known in classes:
+        own = inspect.getattr_static(type(part), method, None) is inspect.getattr_static(known, method)
+        if isinstance(part, known) and own and method not in vars(part):
+            return part
+    raise UnsupportedError(
+        path,
+        given=f"{type(part).__module__}.{type(part).__qualname__}",
+        expected=" or ".join(f"{known.__module__.partition('.')[0]}'s {known.__name__}" for known in classes),
+        advice="What it computes is not known, so it is not moved. The attentions can be, one by one.",
+    )
+
+
+def require_separate(parts: dict[str, Any]) -> None:
+    """Raise for parameters that two parts of a model share: they would be separate after the move.
+
+    Args:
+        parts: each parameter, by its path.
+
+    Raises:
+        UnsupportedError: two are one.
+    """
+    seen: dict[int, str] = {}
+    for path, part in parts.items():
+        other = seen.setdefault(id(part), path)
+        if other != path:
+            raise UnsupportedError(
+                path,
+                given=f"shared with {other}",
+                expected="parameters of its own",
+                advice="Shared ones would be separate afterwards: give each part a copy (copy.deepcopy) first.",
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -444,18 +496,25 @@ def _among(name: str, value: Any, known: tuple[str, ...]) -> None:
         raise ArgumentError(name, given=repr(value), expected="one of " + ", ".join(known))
 
 
-def _count(name: str, value: Any, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
+def _count(name: str, value: Any, least: int) -> int:
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise ArgumentTypeError(name, given=repr(value), expected="an integer") from None
+    if isinstance(value, bool):
         raise ArgumentTypeError(name, given=repr(value), expected="an integer")
-    if value < least:
-        raise ArgumentError(name, given=str(value), expected=f"an integer of at least {least}")
+    if number < least:
+        raise ArgumentError(name, given=str(number), expected=f"an integer of at least {least}")
+    return number
 
 
-def _eps(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+def _eps(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (numbers.Real, np.floating)):
         raise ArgumentTypeError(name, given=repr(value), expected="a number")
-    if not 0.0 <= value < math.inf:
-        raise ArgumentError(name, given=str(value), expected="a finite number of at least 0")
+    number = float(value)
+    if not 0.0 <= number < math.inf:
+        raise ArgumentError(name, given=str(number), expected="a finite number of at least 0")
+    return number
 
 
 def _difference(spec: Any, other: Any) -> str:

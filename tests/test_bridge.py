@@ -399,3 +399,29 @@ def test_build_convert_and_attend_in_older_versions(old_worker: Worker, kind: di
     for inputs, output in zip((one, two), found["answers"], strict=True):
         known = mb.backend("numpy").run(spec, weights, *inputs, is_causal=True).output
         np.testing.assert_allclose(output, known, rtol=0, atol=1e-5)
+
+
+def test_attend_refuses_a_forward_of_its_own() -> None:
+    torch = pytest.importorskip("torch", reason="PyTorch is not importable here")
+
+    class Loud(torch.nn.MultiheadAttention):  # type: ignore[misc,name-defined]
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            output, weights = super().forward(*args, **kwargs)
+            return 100 * output, weights
+
+    x = torch.ones(3, 1, 8)
+    with pytest.raises(UnsupportedError, match="forward is its own"):
+        mb.attend(Loud(8, 2), x, x, x)
+    patched = torch.nn.MultiheadAttention(8, 2)
+    patched.forward = lambda *args, **kwargs: (x, None)
+    for use in (lambda: mb.attend(patched, x, x, x), lambda: mb.extract(patched)):
+        with pytest.raises(UnsupportedError, match="forward is its own"):
+            use()
+
+
+def test_shared_projections_are_refused() -> None:
+    torch = pytest.importorskip("torch", reason="PyTorch is not importable here")
+    layer = torch.nn.MultiheadAttention(8, 2, kdim=4, vdim=4)
+    layer.v_proj_weight = layer.k_proj_weight
+    with pytest.raises(UnsupportedError, match="v_proj_weight: given shared with k_proj_weight"):
+        mb.convert(layer, to="torch")

@@ -296,3 +296,10 @@ def test_native_mode_refuses_what_the_native_layer_cannot_do() -> None:
         mb.attend(layer, x, x, x, is_causal=True, fully_masked="zero", mode="native")
     with pytest.raises(ArgumentError, match="mode"):
         mb.attend(layer, x, x, x, mode="fast")
+
+
+def test_compiled_with_a_symbolic_float() -> None:
+    x = torch.ones(2, 3, 8)
+    layer = dropin(mb.MHASpec(8, 2, batch_first=True)).eval()
+    found = torch.compile(layer, dynamic=True, fullgraph=True, backend="eager")(x, x, x)[0]
+    assert torch.allclose(found, layer(x, x, x)[0])

@@ -360,6 +360,24 @@ def own_forward(torch: Any) -> Any:
     return Odd(8, 2)
 
 
+def own_part(torch: Any) -> Any:
+    class Half(torch.nn.TransformerDecoderLayer):  # type: ignore[misc,name-defined]
+        def _ff_block(self, x: Any) -> Any:
+            return x / 2
+
+    return Half(8, 2, 16)
+
+
+def odd_linear(torch: Any) -> Any:
+    class Doubled(torch.nn.Linear):  # type: ignore[misc,name-defined]
+        def forward(self, x: Any) -> Any:
+            return super().forward(x) * 2
+
+    layer = torch.nn.TransformerEncoderLayer(8, 2, 16)
+    layer.linear1 = Doubled(8, 16)
+    return layer
+
+
 def spoiled(torch: Any, what: str) -> tuple[Any, str]:
     """A model that is no plain transformer, and what the message must name."""
     nn = torch.nn
@@ -371,6 +389,23 @@ def spoiled(torch: Any, what: str) -> tuple[Any, str]:
         return nn.TransformerEncoderLayer(8, 2, activation=nn.GELU(approximate="tanh")), "tanh"
     if what == "forward":
         return own_forward(torch), "Odd"
+    if what == "own part":
+        return own_part(torch), "Half"
+    if what == "activation in a linear map":
+        return odd_linear(torch), r"linear1: given .*Doubled"
+    if what == "another dropout":
+        layer.dropout1 = nn.AlphaDropout(0.1)
+        return layer, "dropout1: given .*AlphaDropout"
+    if what == "patched":
+        layer.forward = lambda src, **masks: src
+        return layer, "TransformerEncoderLayer"
+    if what == "shared layers":
+        stack.layers[1] = stack.layers[0]
+        return stack, r"layers\.1\..*shared with layers\.0\."
+    if what == "shared matrices":
+        layer = nn.TransformerEncoderLayer(8, 2, 8)
+        layer.linear2.weight = layer.linear1.weight
+        return layer, "shared with linear1"
     if what == "one dropout":
         stack.layers[1].dropout2.p = 0.5
         return stack, r"layers\.1: given a dropout of .*0\.5 in dropout2"
@@ -398,7 +433,8 @@ def spoiled(torch: Any, what: str) -> tuple[Any, str]:
     "what",
     [
         *("activation", "gelu by tanh", "forward", "one dropout", "one layer", "one attention", "norm"),
-        *("norm's bias", "no layers", "decoder inside"),
+        *("norm's bias", "no layers", "decoder inside", "own part", "activation in a linear map", "another dropout"),
+        *("patched", "shared layers", "shared matrices"),
     ],
 )
 def test_what_is_no_plain_transformer_is_refused(what: str) -> None:
@@ -483,3 +519,63 @@ def test_a_composed_layer_does_not_take_the_fast_path() -> None:
         causal = layer(x, is_causal=True)
         assert torch.allclose(causal, layer(x, src_mask=mask), atol=CLOSE)
         assert not torch.allclose(causal, layer(x), atol=0.01)
+
+
+@pytest.mark.frameworks
+def test_a_drop_in_with_a_residual_is_not_gone_round() -> None:
+    torch = pytest.importorskip("torch", reason="PyTorch is not importable here")
+    layer = torch.nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval()
+    layer.self_attn = mb.build(mb.MHASpec(8, 2, residual=True, batch_first=True), "torch").eval()
+    x = torch.from_numpy(np.random.default_rng(1).standard_normal((N, L, 8)).astype(np.float32))
+    with torch.no_grad():
+        fast = layer(x)
+    assert torch.allclose(fast, layer(x), atol=CLOSE)
+
+
+@pytest.mark.frameworks
+def test_a_subclass_without_a_forward_of_its_own_is_plain() -> None:
+    torch = pytest.importorskip("torch", reason="PyTorch is not importable here")
+
+    class Small(torch.nn.TransformerEncoderLayer):  # type: ignore[misc,name-defined]
+        def __init__(self) -> None:
+            super().__init__(8, 2, 16)
+
+    assert mb.extract(Small())[0].dim_feedforward == 16
+
+
+@pytest.mark.frameworks
+@pytest.mark.parametrize("kind", KINDS)
+def test_mindspore_parameters_have_names_of_their_own(kind: str, tmp_path: Path) -> None:
+    """A stack's checkpoint holds them by name: two of one name would be one."""
+    mindspore = pytest.importorskip("mindspore", reason="MindSpore is not importable here")
+    spec = spec_of(kind)
+    weights = TransformerWeights.random(spec, seed=6)
+    composed = mb.build(spec, "mindspore", weights, mode="composed")
+    names = [parameter.name for parameter in composed.get_parameters()]
+    native = mb.build(spec, "mindspore")
+    assert names == [parameter.name for parameter in native.get_parameters()]
+    assert len(set(names)) == len(names)
+    mindspore.save_checkpoint(composed, str(tmp_path / "a.ckpt"))
+    left = mindspore.load_param_into_net(native, mindspore.load_checkpoint(str(tmp_path / "a.ckpt")))
+    assert left == ([], [])
+    assert mb.extract(native)[1] == weights
+
+
+@pytest.mark.frameworks
+def test_zeros_that_stand_in_are_not_trained() -> None:
+    torch = pytest.importorskip("torch", reason="PyTorch is not importable here")
+    pytest.importorskip("mindspore", reason="MindSpore is not importable here")
+    moved = mb.convert(torch.nn.TransformerEncoderLayer(8, 2, 16, bias=False), to="mindspore")
+    trained = {parameter.name for parameter in moved.get_parameters() if parameter.requires_grad}
+    assert {name for name in trained if name.endswith(("bias", "beta"))} == set()
+    assert len(trained) == 6
+
+
+@pytest.mark.frameworks
+def test_megengine_refuses_wrong_inputs_at_once() -> None:
+    assert ask("megengine", "wrong_inputs", {}) == {
+        "features": "src: given shape (2, 3, 4); expected two or three axes, the last of 8",
+        "memory": "memory: given shape (2, 3, 4); expected two or three axes, the last of 8",
+        "array": "src: given numpy.ndarray; expected a tensor of MegEngine",
+        "after": [3, 2, 8],
+    }

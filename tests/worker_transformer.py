@@ -95,3 +95,27 @@ def call_twice(framework, payload):
     found = [layer(*inputs), copy.deepcopy(layer)(*inputs), other(*inputs), traced(*inputs), traced(*inputs)]
     assert isinstance(layer, megengine.module.Module)
     return {"outputs": [np.array(output.numpy()) for output in found], "text": repr(layer)}
+
+
+def wrong_inputs(framework, payload):
+    """What wrong inputs of layers whose norm comes first say, and that MegEngine is well afterwards."""
+    import megengine
+    from mhabridge.adapters.megengine import TransformerDecoderLayer, TransformerEncoderLayer
+
+    from mhabridge.errors import MHABridgeError
+
+    encoder, decoder = (kind(8, 2, 8, norm_first=True) for kind in (TransformerEncoderLayer, TransformerDecoderLayer))
+    right, wrong = (megengine.tensor(np.ones((2, 3, features), np.float32)) for features in (8, 4))
+    calls = {
+        "features": lambda: encoder(wrong),
+        "memory": lambda: decoder(right, wrong),
+        "array": lambda: encoder(right.numpy()),
+    }
+    found = {}
+    for name, call in calls.items():
+        try:
+            call()
+        except MHABridgeError as error:
+            found[name] = str(error)
+    found["after"] = list(encoder(megengine.functional.ones((3, 2, 8))).numpy().shape)
+    return found

@@ -8,7 +8,7 @@ from typing import Any
 import megengine.module
 import numpy as np
 
-from mhabridge.dropin import require_plain
+from mhabridge.dropin import changed_methods
 from mhabridge.errors import UnsupportedError
 from mhabridge.transformer import (
     LayerParts,
@@ -19,12 +19,13 @@ from mhabridge.transformer import (
     native_transformer,
     one_mode,
     read_spec,
+    require_part,
+    require_separate,
 )
 from mhabridge.transformer_weights import TransformerWeights
 
 from . import layers as attentions
 from . import transformer_layers as own
-from .dropin import MultiheadAttention
 from .native import FRAMEWORK, version
 from .parameters import parameter, refuse_dtype
 from .parameters import spec_of as attention_spec
@@ -54,6 +55,7 @@ def extract(layer: Any) -> tuple[TransformerSpec, TransformerWeights]:
         WeightsError: parameters that such a layer does not have.
     """
     spec = spec_of(layer)
+    require_separate({path: _at(layer, path) for path in (*spec.attentions(), *spec.parameter_shapes())})
     named = {name: np.array(tensor.numpy()) for name, tensor in layer.named_parameters()}
     return spec, TransformerWeights.from_layout(FRAMEWORK, named, spec)
 
@@ -118,7 +120,7 @@ def set_traits(layer: Any, wanted: TransformerTraits) -> None:
 
 def _kind(layer: Any, path: str) -> str:
     for kind, native in CLASSES.items():
-        if isinstance(layer, native) and type(layer).forward is native.forward:
+        if isinstance(layer, native) and not changed_methods(layer, native):
             return kind
     raise UnsupportedError(
         path,
@@ -131,18 +133,22 @@ def _kind(layer: Any, path: str) -> str:
 def _parts(layer: Any, kind: str, path: str) -> LayerParts:
     names = ("self_attn",) if kind == "encoder_layer" else ("self_attn", "multihead_attn")
     dropouts = ("dropout", "dropout1", "dropout2") + (("dropout3",) if len(names) == 2 else ())
+
+    def part(name: str, known: type) -> Any:
+        return require_part(getattr(layer, name), join(path, name), "forward", known)
+
     for name in names:
-        require_plain(getattr(layer, name), "forward", megengine.module.MultiHeadAttention, MultiheadAttention)
+        attentions.require_plain(getattr(layer, name))
     numbered = ("norm1", "norm2", "norm3")[: len(names) + 1]
     norms = {name: _norm(getattr(layer, name), join(path, name)) for name in numbered}
     biases = {name: norm.bias for name, norm in norms.items()}
-    biases.update({name: getattr(layer, name).bias is not None for name in ("linear1", "linear2")})
+    biases.update({name: part(name, megengine.module.Linear).bias is not None for name in ("linear1", "linear2")})
     return LayerParts(
         path,
         kind,
         {name: attention_spec(getattr(layer, name)) for name in names},
-        layer.linear1.out_features,
-        {name: getattr(layer, name).drop_prob for name in dropouts},
+        part("linear1", megengine.module.Linear).out_features,
+        {name: part(name, own.Dropout).drop_prob for name in dropouts},
         layer.activation,
         {name: norm.eps for name, norm in norms.items()},
         layer.norm_first,
@@ -151,8 +157,8 @@ def _parts(layer: Any, kind: str, path: str) -> LayerParts:
 
 
 def _norm(norm: Any, path: str) -> Norm:
-    plain = isinstance(norm, megengine.module.LayerNorm) and norm.affine and len(norm.normalized_shape) == 1
-    if not plain:
+    require_part(norm, path, "forward", own.LayerNorm, megengine.module.LayerNorm)
+    if not norm.affine or len(norm.normalized_shape) != 1:
         raise UnsupportedError(
             path,
             given=str(norm),

@@ -17,7 +17,7 @@ import megengine.module
 import numpy as np
 
 from mhabridge import dtypes
-from mhabridge.errors import ArgumentTypeError
+from mhabridge.errors import ArgumentError, ArgumentTypeError
 from mhabridge.initial import draw_uniform
 from mhabridge.transformer import TransformerSpec
 
@@ -97,6 +97,21 @@ class _Layer(megengine.module.Module):  # type: ignore[misc]
         _draw_linears(self)
         set_kind(self, spec.dtype, device)
 
+    def _check(self, **tensors: Any) -> None:
+        """Refuse what is no tensor of so many features, before a norm sees it: its failure would come late."""
+        for name, tensor in tensors.items():
+            if not isinstance(tensor, megengine.Tensor):
+                raise ArgumentTypeError(
+                    name,
+                    given=f"{type(tensor).__module__}.{type(tensor).__name__}",
+                    expected="a tensor of MegEngine",
+                )
+            shape = tuple(int(size) for size in tensor.shape)
+            if len(shape) not in (2, 3) or shape[-1] != self.linear1.in_features:
+                raise ArgumentError(
+                    name, given=f"shape {shape}", expected=f"two or three axes, the last of {self.linear1.in_features}"
+                )
+
     def _forward_part(self, x: Any) -> Any:
         inner = self.dropout(_ACTIVATIONS[self.activation](self.linear1(x)))
         return self.linear2(inner)
@@ -143,6 +158,7 @@ class TransformerEncoderLayer(_Layer):
         def attend(x: Any) -> Any:
             return self.self_attn(x, x, x, src_key_padding_mask, False, src_mask, is_causal=is_causal)[0]
 
+        self._check(src=src)
         return self._add(self._add(src, 1, attend), 2, self._forward_part)
 
 
@@ -171,6 +187,7 @@ class TransformerDecoderLayer(_Layer):
             masks = (memory_key_padding_mask, False, memory_mask)
             return self.multihead_attn(x, memory, memory, *masks, is_causal=memory_is_causal)[0]
 
+        self._check(tgt=tgt, memory=memory)
         return self._add(self._add(self._add(tgt, 1, attend), 2, look), 3, self._forward_part)
 
 
@@ -314,7 +331,7 @@ def _attention(spec: TransformerSpec, device: Any) -> MultiheadAttention:
 
 def set_kind(module: Any, dtype: Any, device: Any) -> Any:
     """Bring a module's parameters to a dtype and a device, where they are of another."""
-    kind = "float32" if dtype is None else str(dtype)
+    kind = "float32" if dtype is None else dtypes.canonical(dtype)
     for owner in module.modules():
         for name, value in list(owner.__dict__.items()):
             if isinstance(value, megengine.Parameter) and (np.dtype(value.dtype).name != kind or device is not None):

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 from . import state, transformer
 from .dropin import MultiheadAttention, build_dropin
-from .layers import build, extract, is_layer, set_traits, traits
+from .layers import build, extract, is_layer, require_plain, set_traits, traits
 from .live import attend
 from .native import FRAMEWORK, run_native, unfit, version
 from .ops import OPS
@@ -36,6 +36,7 @@ __all__ = [
     "build_dropin",
     "extract",
     "is_layer",
+    "require_plain",
     "run_native",
     "set_traits",
     "state",

@@ -111,8 +111,5 @@ def _attend_native(layer: Any, inputs: tuple[Any, Any, Any], options: Options) -
 
 
 def _check_masks(key_padding_mask: Any, attn_mask: Any, sizes: masks.Sizes) -> None:
-    """The shapes of masks that have nothing to mask."""
-    if key_padding_mask is not None:
-        masks.padding_shape(key_padding_mask, sizes)
-    if attn_mask is not None:
-        masks.attention_shape(attn_mask, sizes)
+    """Masks that have nothing to mask."""
+    live.placed(OPS, sizes, key_padding_mask, attn_mask)

@@ -14,7 +14,7 @@ from typing import Any
 import mindspore
 import numpy as np
 
-from mhabridge.dropin import require_plain
+from mhabridge.dropin import changed_methods
 from mhabridge.errors import UnsupportedError, WeightsError
 from mhabridge.transformer import (
     LayerParts,
@@ -26,6 +26,8 @@ from mhabridge.transformer import (
     native_transformer,
     one_mode,
     read_spec,
+    require_part,
+    require_separate,
 )
 from mhabridge.transformer_weights import TransformerWeights, names_in
 
@@ -57,6 +59,9 @@ def extract(layer: Any) -> tuple[TransformerSpec, TransformerWeights]:
         WeightsError: parameters that such a layer does not have.
     """
     spec = spec_of(layer)
+    require_separate(
+        {path: _at(layer, path) for path in (*spec.attentions(), *names_in(FRAMEWORK, version(), spec).values())}
+    )
     named = {name: to_numpy(parameter) for name, parameter in layer.parameters_and_names()}
     return spec, TransformerWeights.from_layout(FRAMEWORK, named, spec, version())
 
@@ -94,6 +99,8 @@ def build(
     if mode == "composed":
         for path in spec.attentions():
             _put(model, path, form.spec)
+        for name, parameter in model.parameters_and_names():
+            parameter.name = name  # a checkpoint has them by this name: two of one name would be one
     if weights is not None:
         weights = weights if form.spec == spec else weights.with_bias(form.spec)
         _load(model, weights.to_layout(FRAMEWORK, form.spec, version()))
@@ -133,13 +140,13 @@ def set_traits(layer: Any, wanted: TransformerTraits) -> None:
     for path in spec.attentions():
         attentions.set_traits(_at(layer, path), wanted.attention[path])
     for path, name in names_in(FRAMEWORK, version(), spec).items():
-        named[name].requires_grad = wanted.trainable.get(path, True)
+        named[name].requires_grad = wanted.trainable.get(path, False)  # a stand-in of zeros stays zero
     layer.set_train(wanted.training)
 
 
 def _kind(layer: Any, path: str) -> str:
     for kind, native in CLASSES.items():
-        if isinstance(layer, native) and type(layer).construct is native.construct:
+        if isinstance(layer, native) and not changed_methods(layer, native):
             return kind
     raise UnsupportedError(
         path,
@@ -153,17 +160,17 @@ def _parts(layer: Any, kind: str, path: str) -> LayerParts:
     names = ("self_attn",) if kind == "encoder_layer" else ("self_attn", "multihead_attn")
     dropouts = ("dropout", "dropout1", "dropout2") + (("dropout3",) if len(names) == 2 else ())
     for name in names:
-        require_plain(getattr(layer, name), "construct", mindspore.nn.MultiheadAttention, MultiheadAttention)
+        attentions.require_plain(getattr(layer, name))
     norms = {
         name: _norm(getattr(layer, name), join(path, name)) for name in ("norm1", "norm2", "norm3")[: len(names) + 1]
     }
-    linears = [layer.dense1, layer.dense2] if hasattr(layer, "dense1") else [layer.linear1, layer.linear2]
+    linears = [_linear(layer, number, path) for number in (1, 2)]
     return LayerParts(
         path,
         kind,
         {name: attention_spec(getattr(layer, name)) for name in names},
         int(linears[0].weight.shape[0]),
-        {name: getattr(layer, name).p for name in dropouts},
+        {name: _dropout(getattr(layer, name), join(path, name)) for name in dropouts},
         _activation(layer.activation),
         {name: norm.eps for name, norm in norms.items()},
         layer.norm_first,
@@ -174,8 +181,25 @@ def _parts(layer: Any, kind: str, path: str) -> LayerParts:
     )
 
 
+def _linear(layer: Any, number: int, path: str) -> Any:
+    name = f"dense{number}" if hasattr(layer, f"dense{number}") else f"linear{number}"
+    found = require_part(getattr(layer, name), join(path, name), "construct", mindspore.nn.Dense)
+    if getattr(found, "activation", None) is not None:
+        raise UnsupportedError(
+            join(path, name),
+            given=f"a Dense with the activation {found.activation}",
+            expected="one without",
+            advice="No other framework's linear map has one.",
+        )
+    return found
+
+
+def _dropout(part: Any, path: str) -> float:
+    return float(require_part(part, path, "construct", mindspore.nn.Dropout).p)
+
+
 def _norm(norm: Any, path: str) -> Norm:
-    if type(norm) is not mindspore.nn.LayerNorm or len(norm.normalized_shape) != 1:
+    if type(norm) is not mindspore.nn.LayerNorm or "construct" in vars(norm) or len(norm.normalized_shape) != 1:
         raise UnsupportedError(
             path,
             given=str(norm),

@@ -58,7 +58,10 @@ class MultiheadAttention(torch.nn.MultiheadAttention):  # type: ignore[misc]
         held = plain(spec)
         super().__init__(**native_form(held, FRAMEWORK, version(), turn=True).kwargs)
         self.batch_first = spec.batch_first  # PyTorch 1.8.1 has none; such a layer is composed there
-        self.beyond = beyond(spec)
+        self.beyond, self.made_of = beyond(spec), spec
+        if self.beyond:
+            # Inside PyTorch's own encoder layer the fast path would go round it, with no residual and its own scale.
+            self.register_forward_pre_hook(_no_fast_path)
         self.to(dtype=getattr(torch, spec.dtype))
         load(self, weights.to_layout("torch", held, notes=notes))
         on_device(self, device)
@@ -77,6 +80,10 @@ class MultiheadAttention(torch.nn.MultiheadAttention):  # type: ignore[misc]
         """PyTorch's call; see ``mhabridge.attend`` for what the arguments mean."""
         options = Options(is_causal, need_weights, average_attn_weights, training=self.training)
         return attend(self, (query, key, value), key_padding_mask, attn_mask, options, [])
+
+
+def _no_fast_path(layer: torch.nn.Module, inputs: Any) -> None:
+    """A hook that does nothing: PyTorch's encoder layer takes its fast path only round modules without hooks."""
 
 
 def build_dropin(

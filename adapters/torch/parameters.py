@@ -9,6 +9,7 @@ from mhabridge.dropin import plain
 from mhabridge.errors import WeightsError
 from mhabridge.live import remembered_spec
 from mhabridge.spec import MHASpec
+from mhabridge.transformer import require_separate
 from mhabridge.weights import MHAWeights
 
 from .tensors import to_numpy, to_tensor
@@ -18,7 +19,9 @@ _compiling = getattr(getattr(torch, "compiler", None), "is_compiling", bool)  # 
 
 def spec_of(layer: torch.nn.MultiheadAttention) -> MHASpec:
     """What the layer is."""
-    # torch.compile warns about a cache and goes round it; what it compiles asks once.
+    # torch.compile warns about a cache and goes round it; and where a float is symbolic, no spec can be made.
+    if _compiling() and _is_as_made(layer):
+        return layer.made_of  # type: ignore[no-any-return]
     return (MHASpec if _compiling() else remembered_spec)(
         embed_dim=layer.embed_dim,
         num_heads=layer.num_heads,
@@ -35,12 +38,21 @@ def spec_of(layer: torch.nn.MultiheadAttention) -> MHASpec:
     )
 
 
+def _is_as_made(layer: torch.nn.MultiheadAttention) -> bool:
+    """Whether a drop-in still is what it was made as, in what people change."""
+    made = vars(layer).get("made_of")
+    if made is None or made.dropout != layer.dropout or made.batch_first != layer.batch_first:
+        return False
+    return getattr(torch, made.dtype) is layer.out_proj.weight.dtype
+
+
 def weights_of(layer: torch.nn.MultiheadAttention, spec: MHASpec) -> MHAWeights:
     """Its weights, as copies.
 
     Raises:
         WeightsError: parameters that such a layer does not have, or of another shape, or without values (meta).
     """
+    require_separate(layer.state_dict(keep_vars=True))
     named = {name: to_numpy(tensor) for name, tensor in layer.state_dict().items()}
     return MHAWeights.from_layout("torch", named, plain(spec))
 

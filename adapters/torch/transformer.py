@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from mhabridge.dropin import require_plain
+from mhabridge.dropin import changed_methods
 from mhabridge.errors import UnsupportedError
 from mhabridge.mapping import version_key
 from mhabridge.transformer import (
@@ -26,6 +26,8 @@ from mhabridge.transformer import (
     native_transformer,
     one_mode,
     read_spec,
+    require_part,
+    require_separate,
 )
 from mhabridge.transformer_weights import TransformerWeights, names_in
 
@@ -67,6 +69,7 @@ def extract(layer: torch.nn.Module) -> tuple[TransformerSpec, TransformerWeights
         WeightsError: parameters that such a layer does not have.
     """
     spec = spec_of(layer)
+    require_separate(layer.state_dict(keep_vars=True))
     named = {name: to_numpy(tensor) for name, tensor in layer.state_dict().items()}
     return spec, TransformerWeights.from_layout(FRAMEWORK, named, spec)
 
@@ -140,7 +143,7 @@ def set_traits(layer: torch.nn.Module, wanted: TransformerTraits) -> None:
     for path in spec.attentions():
         attentions.set_traits(_at(layer, path), wanted.attention[path])
     for path, name in names_in(FRAMEWORK, version(), spec).items():
-        named[name].requires_grad_(wanted.trainable.get(path, True))
+        named[name].requires_grad_(wanted.trainable.get(path, False))  # a stand-in of zeros stays zero
     layer.train(wanted.training)
     if wanted.device == "gpu":
         layer.to("cuda")
@@ -148,7 +151,7 @@ def set_traits(layer: torch.nn.Module, wanted: TransformerTraits) -> None:
 
 def _kind(layer: torch.nn.Module, path: str) -> str:
     for kind, native in CLASSES.items():
-        if isinstance(layer, native) and type(layer).forward is native.forward:
+        if isinstance(layer, native) and not changed_methods(layer, native):
             return kind
     raise UnsupportedError(
         path,
@@ -161,8 +164,12 @@ def _kind(layer: torch.nn.Module, path: str) -> str:
 def _parts(layer: torch.nn.Module, kind: str, path: str) -> LayerParts:
     names = ("self_attn",) if kind == "encoder_layer" else ("self_attn", "multihead_attn")
     dropouts = ("dropout", "dropout1", "dropout2") + (("dropout3",) if len(names) == 2 else ())
+
+    def part(name: str, known: type) -> Any:
+        return require_part(getattr(layer, name), join(path, name), "forward", known)
+
     for name in names:
-        require_plain(getattr(layer, name), "forward", torch.nn.MultiheadAttention, MultiheadAttention)
+        attentions.require_plain(getattr(layer, name))
     norms = {
         name: _norm(getattr(layer, name), join(path, name)) for name in ("norm1", "norm2", "norm3")[: len(names) + 1]
     }
@@ -170,20 +177,25 @@ def _parts(layer: torch.nn.Module, kind: str, path: str) -> LayerParts:
         path,
         kind,
         {name: attention_spec(getattr(layer, name)) for name in names},
-        layer.linear1.out_features,
-        {name: getattr(layer, name).p for name in dropouts},
+        part("linear1", torch.nn.Linear).out_features,
+        {name: part(name, torch.nn.Dropout).p for name in dropouts},
         _activation(layer.activation),
         {name: norm.eps for name, norm in norms.items()},
         getattr(layer, "norm_first", False),  # since 1.10
         {
             **{name: norm.bias for name, norm in norms.items()},
-            **{name: getattr(layer, name).bias is not None for name in ("linear1", "linear2")},
+            **{name: part(name, torch.nn.Linear).bias is not None for name in ("linear1", "linear2")},
         },
     )
 
 
 def _norm(norm: Any, path: str) -> Norm:
-    if type(norm) is not torch.nn.LayerNorm or norm.weight is None or len(norm.normalized_shape) != 1:
+    if (
+        type(norm) is not torch.nn.LayerNorm
+        or "forward" in vars(norm)
+        or norm.weight is None
+        or len(norm.normalized_shape) != 1
+    ):
         raise UnsupportedError(
             path,
             given=repr(norm),
