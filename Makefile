@@ -59,6 +59,8 @@ $(MEGENGINE): $(SETUP)
 
 demo: setup
 	$(BIN)/python examples/minilm.py
+	@echo
+	$(BIN)/python examples/checkpoints.py
 
 test: setup $(SETUP2)
 	@echo '== without frameworks, on NumPy 2'
@@ -75,6 +77,7 @@ bench: setup
 	$(BIN)/python benchmarks/startup.py
 	$(BIN)/python benchmarks/worker.py
 	$(BIN)/python benchmarks/judging.py
+	$(BIN)/python benchmarks/attending.py
 
 docs: $(SETUP)
 	$(BIN)/python -m mhabridge.differences docs/api-mapping.md

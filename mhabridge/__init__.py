@@ -16,6 +16,14 @@ if TYPE_CHECKING:
     from mhabridge.bridge import build as build
     from mhabridge.bridge import convert as convert
     from mhabridge.bridge import extract as extract
+    from mhabridge.checkpoint.conversion import ConversionReport as ConversionReport
+    from mhabridge.checkpoint.conversion import convert_checkpoint as convert_checkpoint
+    from mhabridge.checkpoint.fingerprints import Fingerprint as Fingerprint
+    from mhabridge.checkpoint.fingerprints import fingerprint as fingerprint
+    from mhabridge.checkpoint.inspection import CheckpointInfo as CheckpointInfo
+    from mhabridge.checkpoint.inspection import inspect_checkpoint as inspect_checkpoint
+    from mhabridge.checkpoint.load_report import LoadReport as LoadReport
+    from mhabridge.checkpoint.loading import load_into as load_into
     from mhabridge.dialects import translate_call as translate_call
     from mhabridge.diff import DiffReport as DiffReport
     from mhabridge.diff import diff as diff
@@ -41,6 +49,14 @@ _HOME = {
     "build": "bridge",
     "convert": "bridge",
     "manual_seed": "initial",
+    "convert_checkpoint": "checkpoint.conversion",
+    "ConversionReport": "checkpoint.conversion",
+    "inspect_checkpoint": "checkpoint.inspection",
+    "CheckpointInfo": "checkpoint.inspection",
+    "load_into": "checkpoint.loading",
+    "LoadReport": "checkpoint.load_report",
+    "fingerprint": "checkpoint.fingerprints",
+    "Fingerprint": "checkpoint.fingerprints",
     "BackendInfo": "backends",
     "backends": "backends",
     "backend": "backends",

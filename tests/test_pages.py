@@ -8,8 +8,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+import mhabridge as mb
 from mhabridge import mapping, support
 
 ROOT = Path(__file__).parent.parent
@@ -28,16 +30,18 @@ def promised(code: str) -> list[str]:
     return re.findall(r"^ *print\(.*\)  # (.*)$", code, re.MULTILINE)
 
 
-def commands() -> list[str]:
-    lines = [line.partition(" #")[0].strip() for block in blocks("sh") for line in block.splitlines()]
-    return [line for line in lines if line and not line.startswith(NEEDS_DOWNLOADS)]
+def commands() -> list[list[str]]:
+    """The commands of each block that has any, without those that need downloads."""
+    found = [[line.partition(" #")[0].strip() for line in block.splitlines()] for block in blocks("sh")]
+    left = [[line for line in lines if line and not line.startswith(NEEDS_DOWNLOADS)] for lines in found]
+    return [lines for lines in left if lines]
 
 
-def run(code: str) -> str:
+def run(code: str, folder: Path) -> str:
     for name in mapping.FRAMEWORKS:
         if f"import {name}" in code or f'"{name}"]' in code:
             pytest.importorskip(name)
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=folder)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -49,26 +53,28 @@ EXAMPLES = [
 
 @pytest.mark.frameworks
 @pytest.mark.parametrize(("page", "code"), EXAMPLES, ids=[page for page, _ in EXAMPLES])
-def test_an_example_prints_what_it_says(page: str, code: str) -> None:
-    assert len(promised(code)) == code.count("print(") > 0
-    assert run(code).splitlines() == promised(code)
+def test_an_example_prints_what_it_says(page: str, code: str, tmp_path: Path) -> None:
+    assert len(promised(code)) == len(re.findall(r"\bprint\(", code)) > 0
+    assert run(code, tmp_path).splitlines() == promised(code)
 
 
 def test_there_is_an_example_of_each_use() -> None:
-    assert len(blocks("python")) == 4
-    assert [line.split()[:2] for line in commands()] == [
-        ["mhabridge", "mapping"],
-        ["mhabridge", "backends"],
-        ["mhabridge", "diff"],
-    ]
+    assert len(blocks("python")) == 5
+    uses = [line.split()[1] for lines in commands() for line in lines]
+    assert list(dict.fromkeys(uses)) == ["inspect", "convert", "fingerprint", "mapping", "backends", "diff"]
 
 
 @pytest.mark.frameworks
-@pytest.mark.parametrize("command", commands())
-def test_a_command_runs(command: str) -> None:
-    program, *arguments = shlex.split(command)
-    done = subprocess.run([Path(sys.executable).with_name(program), *arguments], capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
+@pytest.mark.parametrize("lines", commands(), ids=lambda lines: lines[-1])
+def test_commands_run(lines: list[str], tmp_path: Path) -> None:
+    spec = mb.MHASpec(8, 2)
+    np.savez(tmp_path / "model.npz", **mb.MHAWeights.random(spec).to_layout("torch", spec, prefix="attn"))
+    mb.convert_checkpoint(tmp_path / "model.npz", tmp_path / "model.pth")
+    for line in lines:
+        program, *arguments = shlex.split(line)
+        command = [Path(sys.executable).with_name(program), *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+        assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_the_short_table_says_what_the_long_one_says() -> None:

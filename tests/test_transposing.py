@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import os
 import pathlib
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 
 from mhabridge.checkpoint import blocks, transposing
 from mhabridge.checkpoint.stored import Extent, StoredFile, StoredTensor
-from mhabridge.checkpoint.transposing import joined, part, rows, transposed
+from mhabridge.checkpoint.transposing import transposed
 from mhabridge.checkpoint.writing import Outgoing, Sink, passed_through
 
 DTYPES = ["uint8", "float16", "float32", "float64", "complex128"]
@@ -49,9 +50,9 @@ def bytes_of(outgoing: Outgoing, path: pathlib.Path) -> bytes:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("most", [4096, transposing._RESULT_BYTES])
+@pytest.mark.parametrize("most", [4096, transposing._SHEET_BYTES])
 def test_a_matrix_is_written_transposed(tmp_path, monkeypatch, dtype, shape, most):
-    monkeypatch.setattr(transposing, "_RESULT_BYTES", most)
+    monkeypatch.setattr(transposing, "_SHEET_BYTES", most)
     array = matrix(dtype, *shape)
     with stored(tmp_path / "a", array) as file:
         outgoing = transposed(file, file["a"], "b")
@@ -75,6 +76,15 @@ def test_views_and_other_orders_of_bytes(tmp_path):
         assert bytes_of(transposed(file, file["a"], "b"), tmp_path / "b") == array[::2, 1::2].T.tobytes()
     with stored(tmp_path / "a", array.byteswap(), big_endian=True) as file:
         assert bytes_of(transposed(file, file["a"], "b"), tmp_path / "b") == array.T.tobytes()
+
+
+def test_columns_of_a_larger_matrix(tmp_path):
+    array = matrix("float32", 130, 40)
+    with stored(tmp_path / "a", array, cuts=(7, 5000), shape=(130, 20), strides=(40, 1), start=10) as file:
+        assert bytes_of(transposed(file, file["a"], "b"), tmp_path / "b") == array[:, 10:30].T.tobytes()
+        turned = dataclasses.replace(file["a"], shape=(20, 130), strides=(1, 40))
+        assert transposing.source_of(turned) == file["a"]
+        assert transposing.source_of(file["a"]) is None
 
 
 def test_a_transposed_view_is_copied_without_being_turned(tmp_path):
@@ -123,63 +133,9 @@ def test_contiguous_is_numpys(array):
     assert found.tolist() == array.tolist()
 
 
-# -- parts and joins ---------------------------------------------------------------------------------------------------
-
-
-def test_rows_and_parts_lie_where_they_were(tmp_path):
-    array = matrix("float32", 12, 5)
-    with stored(tmp_path / "a", array, cuts=(7, 130)) as file:
-        tensor = file["a"]
-        key = rows(tensor, 4, 8, "k_proj.weight")
-        assert (key.name, key.shape) == ("k_proj.weight", (4, 5))
-        assert file.words(key).tobytes() == array[4:8].tobytes()
-        assert file.words(rows(key, 1, 2)).tobytes() == array[5].tobytes()
-        assert file.words(part(tensor, 7, (2, 3))).tobytes() == array.reshape(-1)[7:13].tobytes()
-        assert bytes_of(transposed(file, key, "b"), tmp_path / "b") == array[4:8].T.tobytes()
-        assert bytes_of(passed_through(file, key, "b"), tmp_path / "b") == array[4:8].tobytes()
-        assert file.words(rows(tensor, 12, 12)).size == 0
-        for wrong in ((-1, 2), (3, 13), (5, 4)):
-            with pytest.raises(ValueError, match=r"rows -?\d+ to \d+ of a"):
-                rows(tensor, *wrong)
-        with pytest.raises(ValueError, match="elements 59 to 61"):
-            part(tensor, 59, (2,))
-
-
-def test_a_part_of_a_storage_with_a_checksum_is_not_compared_with_it(tmp_path):
-    with stored(tmp_path / "a", matrix("int8", 4, 4), checksum=(0, 1)) as file:
-        assert file.words(rows(file["a"], 1, 2)).tolist() == [[4, 5, 6, 7]]
-        with pytest.raises(Exception, match="Bad CRC-32"):
-            file.words(file["a"])
-
-
-def test_a_view_has_no_parts(tmp_path):
-    with (
-        stored(tmp_path / "a", matrix("int8", 4, 4), strides=(1, 4)) as file,
-        pytest.raises(ValueError, match="strides"),
-    ):
-        part(file["a"], 0, (2,))
-
-
-def test_parts_are_joined_in_order(tmp_path):
-    array = matrix("float16", 4, 6)
-    with stored(tmp_path / "a", array) as file:
-        pieces = [transposed(file, rows(file["a"], 2, 4), "x"), passed_through(file, rows(file["a"], 0, 2), "y")]
-        one = joined(pieces, "packed", (1, 24))
-        assert (one.name, one.dtype, one.shape) == ("packed", "float16", (1, 24))
-        assert bytes_of(one, tmp_path / "b") == array[2:].T.tobytes() + array[:2].tobytes()
-        assert one.tied is not None
-        assert one.tied != joined(pieces[::-1], "packed", (1, 24)).tied
-        with pytest.raises(ValueError, match="cannot be joined"):
-            joined(pieces, "packed", (25,))
-    with pytest.raises(ValueError, match="cannot be joined from nothing"):
-        joined([], "packed", (0,))
-    other = Outgoing("z", "float32", (12,), lambda sink: None)
-    with pytest.raises(ValueError, match="cannot be joined from x float16"):
-        joined([pieces[0], other], "packed", (24,))
-
-
 def test_equal_transposes_are_tied_and_others_not(tmp_path):
     with stored(tmp_path / "a", matrix("int8", 4, 4)) as file:
-        ties = [transposed(file, tensor, "x").tied for tensor in (file["a"], file["a"], rows(file["a"], 0, 2))]
+        half = dataclasses.replace(file["a"], shape=(2, 4))
+        ties = [transposed(file, tensor, "x").tied for tensor in (file["a"], file["a"], half)]
         assert ties[0] == ties[1] != ties[2]
         assert passed_through(file, file["a"], "x").tied != ties[0]

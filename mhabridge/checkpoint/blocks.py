@@ -40,7 +40,13 @@ def transpose_into(source: np.ndarray, out: np.ndarray, scratch: np.ndarray | No
         for row in range(0, len(columns), len(block)):
             here = block[: len(columns) - row]
             here[...] = columns[row : row + len(here)]
-            out[column : column + _COLUMNS, row : row + len(here)] = here.T
+            turn_into(here, out[column : column + _COLUMNS, row : row + len(here)])
+
+
+def turn_into(rows: np.ndarray, out: np.ndarray) -> None:
+    """As ``transpose_into`` for rows that have a cache line between them already."""
+    for row in range(0, len(rows), _ROWS):
+        out[:, row : row + _ROWS] = rows[row : row + _ROWS].T
 
 
 def contiguous(array: np.ndarray) -> np.ndarray:
@@ -57,16 +63,34 @@ def contiguous(array: np.ndarray) -> np.ndarray:
     return out
 
 
+class Scratch:
+    """Memory to work in: the same each time it is asked for, since fresh pages cost time."""
+
+    def __init__(self) -> None:
+        self._memory = np.empty(0, np.uint8)
+
+    def take(self, size: int) -> np.ndarray:
+        """So many bytes; what was taken before is no longer valid."""
+        if len(self._memory) < size:
+            self._memory = np.empty(0, np.uint8)  # let go of it before there is more
+            self._memory = np.empty(size, np.uint8)
+        return self._memory[:size]
+
+
 def scratch_size(columns: int, item_size: int) -> int:
     """The bytes of a scratch for rows of so many columns."""
-    row = columns * item_size
-    return _count(row) * (row + _PADDING)
+    return padded_size(_count(columns * item_size), columns * item_size)
 
 
-def padded(scratch: np.ndarray, columns: int, kind: np.dtype[Any]) -> np.ndarray:
-    """Rows of so many columns in the scratch, as many as a block has, with a cache line between them."""
+def padded_size(count: int, row_bytes: int) -> int:
+    """The bytes of so many rows with a cache line between them."""
+    return count * (row_bytes + _PADDING)
+
+
+def padded(scratch: np.ndarray, columns: int, kind: np.dtype[Any], count: int | None = None) -> np.ndarray:
+    """Rows of so many columns in the scratch, with a cache line between them; None: as many as a block has."""
     row = columns * kind.itemsize
-    count = _count(row)
+    count = _count(row) if count is None else count
     return scratch[: count * (row + _PADDING)].reshape(count, row + _PADDING)[:, :row].view(kind)
 
 

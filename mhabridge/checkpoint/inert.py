@@ -7,6 +7,7 @@ slow or crash, and bytes are ``Slice``s of the file, since they may be gigabytes
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 Node = Any  # what a pickle was turned into: plain data or one of the records below
@@ -57,8 +58,8 @@ class Made:
     args: tuple[Node, ...] = ()
     keywords: Node = None
     state: Node = None
-    items: list[Node] = dataclasses.field(default_factory=list)
-    pairs: list[tuple[Node, Node]] = dataclasses.field(default_factory=list)
+    items: Sequence[Node] = ()  # no list before there is something in it: a byte of a hostile file makes a record
+    pairs: Sequence[tuple[Node, Node]] = ()
 
     @property
     def known_as(self) -> str:
@@ -70,7 +71,7 @@ class Made:
 class Table:
     """A dict: its keys and values in the order in which they were set, doubles included."""
 
-    pairs: list[tuple[Node, Node]] = dataclasses.field(default_factory=list)
+    pairs: Sequence[tuple[Node, Node]] = ()
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False, slots=True)

@@ -18,13 +18,13 @@ from __future__ import annotations
 import itertools
 import math
 import os
-import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from mhabridge.checkpoint import checking, scalars
+from mhabridge.checkpoint import checking, checksums, scalars
+from mhabridge.checkpoint.checksums import Checksum
 from mhabridge.checkpoint.mindspore_entries import SAVED_ONLY, TYPES, Entry, damaged, entries
-from mhabridge.checkpoint.stored import CHUNK, ITEM_SIZES, Extent, StoredFile, StoredObject, StoredTensor
+from mhabridge.checkpoint.stored import ITEM_SIZES, Extent, StoredFile, StoredObject, StoredTensor
 from mhabridge.errors import CheckpointError
 
 NAME = "mindspore-ckpt"
@@ -65,7 +65,7 @@ def read(path: str | os.PathLike[str], nested: Sequence[str] | None = None, veri
     """
     path = Path(path)
     with checking.opened(path) as descriptor:
-        end = _end(path, descriptor, verify)
+        end, kept = _end(path, descriptor)
         notes: dict[str, None] = {}
         tensors, objects = [], []
         for slices in _by_tag(entries(path, descriptor, end, notes)):
@@ -73,11 +73,14 @@ def read(path: str | os.PathLike[str], nested: Sequence[str] | None = None, veri
                 objects.append(_string(path, descriptor, slices))
             else:
                 tensors.append(_tensor(path, slices))
-    return StoredFile(path, NAME, tensors, tuple(objects), notes=tuple(notes))
+    file = StoredFile(path, NAME, tensors, tuple(objects), notes=tuple(notes), checksums=kept)
+    if verify:
+        checksums.require_all(file)
+    return file
 
 
-def _end(path: Path, descriptor: int, verify: bool) -> int:
-    """Where the entries end: before the checksum, if there is one."""
+def _end(path: Path, descriptor: int) -> tuple[int, tuple[Checksum, ...]]:
+    """Where the entries end, and the checksum that follows, if there is one."""
     size = os.fstat(descriptor).st_size
     method = _ENCRYPTED.get(os.pread(descriptor, 4, 0))
     if method:
@@ -92,21 +95,8 @@ def _end(path: Path, descriptor: int, verify: bool) -> int:
     end = max(size - _TAIL_LENGTH, 0)
     tail = os.pread(descriptor, _TAIL_LENGTH, end)
     if len(tail) < _TAIL_LENGTH or not tail.startswith(_TAIL):
-        return size
-    stated = int.from_bytes(tail[len(_TAIL) :], "big")
-    if verify and stated != (found := _crc(descriptor, end)):
-        raise damaged(path, f"its CRC-32 is {found:08x}, and {stated:08x} at its end")
-    return end
-
-
-def _crc(descriptor: int, end: int) -> int:
-    crc = position = 0
-    while position < end:
-        piece = os.pread(descriptor, min(CHUNK, end - position), position)
-        if not piece:
-            break
-        crc, position = zlib.crc32(piece, crc), position + len(piece)
-    return crc
+        return size, ()
+    return end, (Checksum("", (Extent(0, 0, end),), int.from_bytes(tail[len(_TAIL) :], "big")),)
 
 
 def _by_tag(found: Iterable[Entry]) -> Iterator[list[Entry]]:

@@ -7,11 +7,10 @@ each.
 
 from __future__ import annotations
 
-import zlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
-from mhabridge.checkpoint.stored import StoredFile
-from mhabridge.errors import CheckpointError
+from mhabridge.checkpoint.checksums import Checksum
+from mhabridge.checkpoint.stored import Extent, StoredTensor
 
 OF_THE_BYTES = ("crc_num", "remove_redundancy")  # what describes that one file, not the model in it
 
@@ -40,25 +39,12 @@ def notes(metadata: Mapping[str, str]) -> tuple[str, ...]:
     )
 
 
-def require_checksum(file: StoredFile) -> None:
-    """Compare ``crc_num`` with the file's content, where there is one.
-
-    Raises:
-        CheckpointError: they differ.
-    """
-    stated = file.metadata.get("crc_num")
+def checksums(tensors: Iterable[StoredTensor], metadata: Mapping[str, str]) -> tuple[Checksum, ...]:
+    """What ``crc_num`` says of a file's tensors, where there is one."""
+    stated = metadata.get("crc_num")
     if stated is None:
-        return
-    crc = 0
-    for name in sorted(file):
-        crc = zlib.crc32(name.encode(), crc)
-        for piece in file.chunks(file[name]):
-            crc = zlib.crc32(piece, crc)
-    if stated != str(crc):
-        file.close()
-        raise CheckpointError(
-            str(file.path),
-            given=f"content that cannot be read (its CRC-32 is {crc})",
-            expected=f"crc_num {stated[:20]}",
-            advice="The file is damaged: copy or download it again.",
-        )
+        return ()
+    parts: list[Extent | bytes] = []
+    for tensor in sorted(tensors, key=lambda tensor: tensor.name):
+        parts += [tensor.name.encode(), *tensor.extents]
+    return (Checksum("", tuple(parts), int(stated) if stated.isdecimal() else -1),)  # no content has -1

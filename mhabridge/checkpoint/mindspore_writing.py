@@ -8,8 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-import numpy as np
-
 from mhabridge.checkpoint import checking, scalars
 from mhabridge.checkpoint.mindspore_entries import TYPES, head_of
 from mhabridge.checkpoint.stored import StoredObject
@@ -67,6 +65,7 @@ class _Slices(Sink):
 
     def __init__(self, sink: Sink, tensor: Outgoing, size: int) -> None:
         super().__init__(sink.descriptor)
+        self.scratch = sink.scratch
         self._sink, self._tensor, self._size = sink, tensor, size
         self._room = 0
 
@@ -87,9 +86,6 @@ class _Slices(Sink):
             here = self._next(length)
             self._sink.copy(source, offset, here)
             offset, length = offset + here, length - here
-
-    def scratch(self, size: int) -> np.ndarray:
-        return self._sink.scratch(size)
 
     def _next(self, length: int) -> int:
         """How many bytes may be written now."""

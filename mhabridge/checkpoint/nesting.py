@@ -7,7 +7,7 @@ arguments and an optimizer; and some save the whole module. The part is chosen o
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from mhabridge.checkpoint.inert import Made, Node
 from mhabridge.checkpoint.objects import stored_object, survey
@@ -122,11 +122,11 @@ def _collect(interpreter: Interpreter, found: Found, node: Node, prefix: str, de
             found.objects.append(stored_object(interpreter, value, _joined(where, key)))
 
 
-def _children(interpreter: Interpreter, found: Found, node: Node, where: str) -> list[tuple[str, Node]]:
+def _children(interpreter: Interpreter, found: Found, node: Node, where: str) -> Iterable[tuple[str, Node]]:
     if is_module(node):
-        return list(module_entries(interpreter, node, where))
+        return module_entries(interpreter, node, where)
     if isinstance(node, (list, tuple)):
-        return [(str(number), item) for number, item in enumerate(node)]
+        return ((str(number), item) for number, item in enumerate(node))
     return dict_entries(interpreter, found, node, where) or []
 
 
@@ -192,7 +192,7 @@ def _may_be_state(interpreter: Interpreter, key: str, node: Node) -> bool:
 def _require_tensors(interpreter: Interpreter, loaded: Loaded, found: Found, node: Node) -> None:
     if found.tensors or (not found.nested and interpreter.entries(node, "") == []):
         return
-    asked = _unknown(loaded)
+    asked = [f"{name:.200}" for name in _unknown(loaded)]
     raise interpreter.fail(
         ".".join(found.nested),
         "no tensors" + (f"; it asks for {', '.join(asked[:10])}" if asked else ""),
@@ -204,7 +204,7 @@ def _require_tensors(interpreter: Interpreter, loaded: Loaded, found: Found, nod
 def _require_known(interpreter: Interpreter, loaded: Loaded, found: Found) -> None:
     """Every name that is asked for must be seen in an entry: what is hidden elsewhere would be run by the framework."""
     shown = {name for entry in found.objects for name in entry.inert}
-    hidden = [name for name in _unknown(loaded) if name not in shown]
+    hidden = [f"{name:.200}" for name in _unknown(loaded) if name not in shown]
     if hidden:
         raise CheckpointError(
             str(interpreter.path),

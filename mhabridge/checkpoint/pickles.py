@@ -14,14 +14,15 @@ from __future__ import annotations
 import codecs
 import dataclasses
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from mhabridge.checkpoint.inert import Made, Name, Node, Persistent, Slice, Table
 from mhabridge.checkpoint.streams import DAMAGED, ByteStream
 from mhabridge.errors import CheckpointError
 
-MAX_OPCODES = 3_000_000  # a tensor takes about 30; each leaves at most about 120 bytes of memory behind
+MAX_OPCODES = 2_000_000  # a tensor takes about 30; each leaves at most about 130 bytes of memory behind
+MAX_NAMES = 20_000  # different ones; a checkpoint has some dozens
 MAX_INTEGER = 1024  # bytes
 MAX_LINE = 2048  # bytes of a name or a number written as text
 LONG_TEXT = 64 * 1024  # bytes; longer ones stay in the file
@@ -212,6 +213,8 @@ class _Machine:
     def named(self, module: str, name: str) -> Name:
         found = Name(module, name)
         self.names[found] = None
+        if len(self.names) > MAX_NAMES:
+            raise ValueError(f"more than {MAX_NAMES} names")
         return found
 
     def name(self) -> None:
@@ -262,18 +265,28 @@ class _Machine:
         target = self.stack[-1]
         if not isinstance(target, (list, Made)):
             raise ValueError("items for something that is no list")
-        (target if isinstance(target, list) else target.items).extend(items)
+        if isinstance(target, list):
+            target.extend(items)
+        else:
+            target.items = _grown(target.items, items)
 
     def set_pairs(self, flat: list[Node]) -> None:
         target = self.stack[-1]
         if not isinstance(target, (Table, Made)):
             raise ValueError("keys for something that is no dict")
-        target.pairs.extend(_paired(flat))
+        target.pairs = _grown(target.pairs, _paired(flat))
 
     def join(self, count: int) -> None:
         if len(self.stack) < count:
             raise IndexError("too few values")
         self.stack[-count:] = [tuple(self.stack[-count:])]
+
+
+def _grown(have: Sequence[Node], more: list[Node]) -> list[Node]:
+    if not isinstance(have, list):
+        return [*have, *more]
+    have.extend(more)
+    return have
 
 
 def _paired(flat: list[Node]) -> list[tuple[Node, Node]]:
@@ -283,6 +296,7 @@ def _paired(flat: list[Node]) -> list[tuple[Node, Node]]:
 
 
 _Step = Callable[[_Machine], None]
+_SET, _FROZENSET = Name("builtins", "set"), Name("builtins", "frozenset")
 
 
 def _push(make: Callable[[], Node]) -> _Step:
@@ -313,7 +327,7 @@ _STEPS: dict[bytes, _Step] = {
     b")": _push(tuple),
     b"]": _push(list),
     b"}": _push(Table),
-    b"\x8f": _push(lambda: Made(Name("builtins", "set"))),
+    b"\x8f": _push(lambda: Made(_SET)),
     b"J": _number("<i"),
     b"K": _number("<B"),
     b"M": _number("<H"),
@@ -363,7 +377,7 @@ _STEPS: dict[bytes, _Step] = {
     b"l": lambda machine: machine.push_marked(list),
     b"d": lambda machine: machine.push_marked(lambda flat: Table(_paired(flat))),
     b"t": lambda machine: machine.push_marked(tuple),
-    b"\x91": lambda machine: machine.push_marked(lambda items: Made(Name("builtins", "frozenset"), (items,))),
+    b"\x91": lambda machine: machine.push_marked(lambda items: Made(_FROZENSET, (items,))),
     b"\x85": lambda machine: machine.join(1),
     b"\x86": lambda machine: machine.join(2),
     b"\x87": lambda machine: machine.join(3),

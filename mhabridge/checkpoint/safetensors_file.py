@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mhabridge.checkpoint import checking, mindspore_metadata, safetensors_header
+from mhabridge.checkpoint import checking, checksums, mindspore_metadata, safetensors_header
 from mhabridge.checkpoint.safetensors_header import damaged
 from mhabridge.checkpoint.stored import StoredFile, StoredObject
 from mhabridge.checkpoint.writing import Outgoing, Sink
@@ -51,9 +51,10 @@ def read(path: str | os.PathLike[str], nested: Sequence[str] | None = None, veri
     with checking.opened(path) as descriptor:
         tensors, metadata = safetensors_header.read(path, descriptor)
     objects = _objects(path, metadata)
-    file = StoredFile(path, NAME, tensors, objects, metadata, notes=mindspore_metadata.notes(metadata))
+    notes, kept = mindspore_metadata.notes(metadata), mindspore_metadata.checksums(tensors, metadata)
+    file = StoredFile(path, NAME, tensors, objects, metadata, notes=notes, checksums=kept)
     if verify:
-        mindspore_metadata.require_checksum(file)
+        checksums.require_all(file)
     return file
 
 

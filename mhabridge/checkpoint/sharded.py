@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from mhabridge.checkpoint import atomic, checking, safetensors_file
+from mhabridge.checkpoint.checksums import Checksum
 from mhabridge.checkpoint.safetensors_header import unique
-from mhabridge.checkpoint.stored import StoredFile, StoredObject, StoredTensor
+from mhabridge.checkpoint.stored import Extent, StoredFile, StoredObject, StoredTensor
 from mhabridge.checkpoint.writing import Outgoing, Sink
 from mhabridge.errors import CheckpointError
 
@@ -137,9 +138,13 @@ class _Merged:
         self.metadata: dict[str, str] = {}
         self.files: list[Any] = []
         self.notes: list[str] = []
+        self.checksums: list[Checksum] = []
 
     def add(self, shard: StoredFile) -> None:
         self.tensors += (self._moved(tensor) for tensor in shard.values())
+        for kept in shard.checksums:
+            parts = tuple(part if isinstance(part, bytes) else self._moved_extent(part) for part in kept.parts)
+            self.checksums.append(dataclasses.replace(kept, of=shard.path.name, parts=parts))
         self.files += shard.files
         self.objects += shard.objects
         self.notes += (f"{shard.path.name}: {note}" for note in shard.notes)
@@ -162,12 +167,15 @@ class _Merged:
             self.metadata,
             files=tuple(self.files),
             notes=tuple(self.notes),
+            checksums=tuple(self.checksums),
         )
 
+    def _moved_extent(self, extent: Extent) -> Extent:
+        return dataclasses.replace(extent, file=extent.file + len(self.files))
+
     def _moved(self, tensor: StoredTensor) -> StoredTensor:
-        first = len(self.files)
-        extents = tuple(dataclasses.replace(extent, file=extent.file + first) for extent in tensor.extents)
-        return dataclasses.replace(tensor, extents=extents, storage=f"{first} {tensor.storage}")
+        extents = tuple(map(self._moved_extent, tensor.extents))
+        return dataclasses.replace(tensor, extents=extents, storage=f"{len(self.files)} {tensor.storage}")
 
 
 def _content(path: Path) -> dict[str, Any]:

@@ -19,12 +19,15 @@ import numpy as np
 
 from mhabridge import dtypes
 from mhabridge.checkpoint import blocks
+from mhabridge.checkpoint.checksums import Checksum
 from mhabridge.checkpoint.files import Extent as Extent
 from mhabridge.checkpoint.files import OpenFiles, after
 from mhabridge.checkpoint.packed import Deflated
 from mhabridge.errors import CheckpointError
 
-CHUNK = 256 * 1024  # bytes; larger buffers fall out of the second-level cache and copy at half the speed (measured)
+# Bytes of a buffer. Larger ones fall out of the second-level cache, and writes of 256 KiB and more sometimes take
+# several times as long in the kernel (measured on ext4).
+CHUNK = 128 * 1024
 
 # Bytes of one element, for every dtype that some format can hold; None: not a whole number of bytes.
 ITEM_SIZES: dict[str, int | None] = {
@@ -35,6 +38,7 @@ ITEM_SIZES: dict[str, int | None] = {
     **dict.fromkeys(("float64", "int64", "uint64", "complex64"), 8),
     "complex128": 16,
 }
+_MOST_SHARED = 4 << 30  # bytes of all tensors, if it is more than a hundred times the file's
 NOT_IN_NUMPY = frozenset(name for name in ITEM_SIZES if name.startswith("float8"))
 
 
@@ -125,6 +129,7 @@ class StoredFile(Mapping[str, StoredTensor]):
         nested: the keys under which the state dict was found, such as ("state_dict",).
         files: the files that extents count; the path itself unless given. A packed one is unpacked when first read.
         notes: what the reader noticed and people should know.
+        checksums: those of a whole file; those of single storages are in the tensors.
 
     Raises:
         CheckpointError: an extent goes beyond its file, or a file cannot be opened.
@@ -140,11 +145,13 @@ class StoredFile(Mapping[str, StoredTensor]):
         nested: tuple[str, ...] = (),
         files: tuple[Path | Deflated, ...] = (),
         notes: tuple[str, ...] = (),
+        checksums: tuple[Checksum, ...] = (),
     ) -> None:
         self.path, self.format, self.objects, self.nested, self.notes = path, format, objects, nested, notes
-        self.metadata = dict(metadata or {})
+        self.metadata, self.checksums = dict(metadata or {}), checksums
         self.files = files or (path,)
         self._tensors = _by_name(path, tensors)
+        self._sound: set[tuple[Extent, ...]] = set()  # storages whose checksum was right
         self._open = OpenFiles(self.files)
         try:
             self._check_extents()
@@ -194,6 +201,14 @@ class StoredFile(Mapping[str, StoredTensor]):
                 self._open.fill(here, extent, position)
             position = max(position - extent.length, 0)
 
+    def fill_from(self, extent: Extent, skip: int, buffer: memoryview) -> None:
+        """Fill a buffer with bytes of an extent, from the skipped ones on.
+
+        Raises:
+            CheckpointError: the file has become shorter since it was opened.
+        """
+        self._open.fill([buffer], extent, skip)
+
     def chunks(self, tensor: StoredTensor, size: int = CHUNK) -> Iterator[memoryview]:
         """The tensor's bytes in C order, little-endian, in pieces; each piece is valid until the next is asked for.
 
@@ -234,7 +249,7 @@ class StoredFile(Mapping[str, StoredTensor]):
 
     def words(self, tensor: StoredTensor) -> np.ndarray:
         """The tensor as unsigned integers of its item's size (complex128 as complex128), in C order."""
-        kind = np.dtype(f"u{tensor.item_size}") if tensor.item_size <= 8 else np.dtype("complex128")
+        kind = words_of(tensor.dtype)
         if tensor.plain:
             array = np.empty(tensor.size, kind)
             self.fill(tensor, 0, [bytes_of(array)])
@@ -247,11 +262,14 @@ class StoredFile(Mapping[str, StoredTensor]):
         strides = tensor.strides or _c_strides(tensor.shape)
         whole = sum(extent.length for extent in tensor.extents) // tensor.item_size
         span = 1 + sum((n - 1) * stride for n, stride in zip(tensor.shape, strides, strict=True)) if tensor.size else 0
-        start, length = (0, whole) if tensor.checksum else (tensor.start, span)
+        summed = tensor.checksum is not None and tensor.extents not in self._sound
+        start, length = (0, whole) if summed else (tensor.start, span)
         storage = np.empty(length, kind)
         lying = dataclasses.replace(tensor, shape=(length,), start=start, strides=None, big_endian=False)
         self.fill(lying, 0, [bytes_of(storage)])
-        self._sum_up(tensor, storage)
+        if summed:  # once: thousands of views of one storage would read it thousands of times
+            self._sum_up(tensor, storage)
+            self._sound.add(tensor.extents)
         if tensor.big_endian:
             parts = np.dtype("complex64") if tensor.dtype == "complex64" else kind  # two numbers, each turned round
             storage = storage.view(parts).byteswap().view(kind)
@@ -275,7 +293,7 @@ class StoredFile(Mapping[str, StoredTensor]):
             )
 
     def _check_extents(self) -> None:
-        sizes = [self._open.size(number) for number in range(len(self.files))]
+        sizes, reach = [self._open.size(number) for number in range(len(self.files))], 0
         for tensor in self._tensors.values():
             where = f"{self.path}: {tensor.name}"
             if tensor.dtype not in ITEM_SIZES:
@@ -288,7 +306,25 @@ class StoredFile(Mapping[str, StoredTensor]):
                         expected="bytes that are in the file",
                         advice="The file is cut off or damaged: copy or download it again.",
                     )
-            _check_view(where, tensor)
+            reach += _check_view(where, tensor) * tensor.item_size
+        if reach > max(_MOST_SHARED, 100 * sum(sizes)):
+            raise CheckpointError(
+                str(self.path),
+                given=f"tensors of {reach} bytes together in a file of {sum(sizes)}",
+                expected="tensors that share their numbers, if at all, with a few others",
+                advice="Save only one of the tensors that are views of the same numbers.",
+            )
+
+
+def words_of(dtype: str) -> np.dtype[Any]:
+    """Unsigned integers of the size of a dtype's items; complex128 for itself.
+
+    Example:
+        >>> words_of("bfloat16"), words_of("complex64")
+        (dtype('uint16'), dtype('uint64'))
+    """
+    size = ITEM_SIZES[dtype] or 0
+    return np.dtype(f"u{size}") if size <= 8 else np.dtype("complex128")
 
 
 def shapes_of(tensors: Mapping[str, StoredTensor]) -> dict[str, tuple[int, ...]]:
@@ -326,15 +362,21 @@ def _divided(buffers: list[memoryview], count: int) -> tuple[list[memoryview], l
     return buffers, []
 
 
-def _check_view(where: str, tensor: StoredTensor) -> None:
-    """A view must lie inside its storage, and not be larger than that: else a small file could ask for any memory."""
+def _check_view(where: str, tensor: StoredTensor) -> int:
+    """A view must lie inside its storage, and not be larger than that: else a small file could ask for any memory.
+
+    Returns:
+        From its first element to its last, how many there are in the storage.
+    """
     length = sum(extent.length for extent in tensor.extents)
     strides = _c_strides(tensor.shape) if tensor.strides is None else tensor.strides
     whole = all(isinstance(n, int) and n >= 0 for n in (*tensor.shape, *strides, tensor.start))
     if whole and len(strides) == len(tensor.shape):
         last = tensor.start + sum((n - 1) * stride for n, stride in zip(tensor.shape, strides, strict=True))
-        if tensor.size == 0 or ((last + 1) * tensor.item_size <= length and tensor.nbytes <= length):
-            return
+        if tensor.size == 0:
+            return 0
+        if (last + 1) * tensor.item_size <= length and tensor.nbytes <= length:
+            return max(last + 1 - tensor.start, tensor.size)
     raise CheckpointError(
         where,
         given=f"shape {tensor.shape}, strides {tensor.strides} and start {tensor.start} in {length} bytes",

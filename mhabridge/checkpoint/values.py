@@ -182,7 +182,7 @@ class Interpreter:
             CheckpointError: a key is there twice.
         """
         if isinstance(node, Table):
-            pairs = node.pairs
+            pairs = [*node.pairs]
         elif isinstance(node, Made) and node.known_as in DICTS:
             pairs = [*self._first_pairs(node, where), *node.pairs]
         else:
@@ -206,7 +206,7 @@ class Interpreter:
         if given is None or isinstance(given, Name):
             return []
         if isinstance(given, Table):
-            return given.pairs
+            return [*given.pairs]
         if isinstance(given, list) and all(isinstance(pair, (list, tuple)) and len(pair) == 2 for pair in given):
             return [(key, value) for key, value in given]
         raise self.fail(where, "a dict that is made of something else than keys and values")

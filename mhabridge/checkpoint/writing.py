@@ -12,8 +12,7 @@ import os
 import zlib
 from collections.abc import Callable
 
-import numpy as np
-
+from mhabridge.checkpoint.blocks import Scratch
 from mhabridge.checkpoint.stored import CHUNK, ITEM_SIZES, Extent, StoredFile, StoredTensor
 from mhabridge.errors import CheckpointError
 
@@ -24,33 +23,41 @@ class Sink:
     Args:
         descriptor: an open file; bytes are appended at its position.
         progress: called with the number of bytes that were just written.
+
+    Attributes:
+        position: how many bytes were written.
+        scratch: memory for what is made before it is written.
     """
 
     def __init__(self, descriptor: int, progress: Callable[[int], None] | None = None) -> None:
         self.descriptor = descriptor
         self.position = 0
         self._progress = progress
+        self.scratch = Scratch()
         self._crc: int | None = None
-        self._scratch = np.empty(0, np.uint8)
 
     def write(self, data: bytes | bytearray | memoryview) -> None:
         """Append bytes."""
         left = memoryview(data).cast("B")
-        if self._crc is not None:
-            self._crc = zlib.crc32(left, self._crc)
         while left:
-            done = os.write(self.descriptor, left)
-            left = left[done:]
-            self._advance(done)
+            piece = left[: CHUNK - self.position % CHUNK]  # so that pages are written whole
+            if self._crc is not None:
+                self._crc = zlib.crc32(piece, self._crc)
+            self._write_all(piece)
+            left = left[len(piece) :]
 
     def copy(self, source: int, offset: int, length: int) -> None:
-        """Append bytes of another file; the kernel copies them where it can and nobody needs to see them."""
-        if self._crc is None:
+        """Append bytes of another file.
+
+        The kernel copies them where nobody needs to see them and whole pages become whole pages, which some file
+        systems then share. Elsewhere it takes half as long again as reading and writing them (measured).
+        """
+        if self._crc is None and (offset - self.position) % _PAGE == 0:
             done = self._copy_in_kernel(source, offset, length)
             offset, length = offset + done, length - done
         buffer = memoryview(bytearray(min(CHUNK, max(length, 1))))
         while length:
-            got = os.preadv(source, [buffer[:length]], offset)
+            got = os.preadv(source, [buffer[: min(length, CHUNK - self.position % CHUNK)]], offset)
             if not got:
                 raise CheckpointError("source", given="a file that ends too early", expected=f"{length} bytes more")
             self.write(buffer[:got])
@@ -66,17 +73,17 @@ class Sink:
         assert found is not None
         return found
 
-    def scratch(self, size: int) -> np.ndarray:
-        """So many bytes to work in, until the next call: the same memory each time, since fresh pages cost time."""
-        if len(self._scratch) < size:
-            self._scratch = np.empty(size, np.uint8)
-        return self._scratch[:size]
+    def _write_all(self, data: memoryview) -> None:
+        while data:
+            done = os.write(self.descriptor, data)
+            data = data[done:]
+            self._advance(done)
 
     def _copy_in_kernel(self, source: int, offset: int, length: int) -> int:
         done = 0
         while done < length and hasattr(os, "copy_file_range"):
             try:
-                got = os.copy_file_range(source, self.descriptor, length - done, offset + done)
+                got = os.copy_file_range(source, self.descriptor, min(length - done, _AT_ONCE), offset + done)
             except OSError as error:
                 if error.errno in _NOT_HERE:
                     break
@@ -93,6 +100,8 @@ class Sink:
             self._progress(count)
 
 
+_PAGE = 4096
+_AT_ONCE = 64 << 20  # bytes that the kernel copies before it is asked again, so that progress can be seen
 # The kernel cannot copy between these two files: they are on different file systems, one is a pipe, the kernel is old.
 _NOT_HERE = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF)
 

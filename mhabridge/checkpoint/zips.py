@@ -114,7 +114,7 @@ class Archive:
             )
             if magic != END64_MAGIC:
                 raise self.damaged("an archive whose 64-bit index is not there")
-        if disk or first_disk or here != count or start + size > end:
+        if disk or first_disk or here != count or start + size != end:
             raise self.damaged("an archive in several parts, or one whose index is not where it should be")
         return int(count), int(size), int(start)
 

@@ -26,11 +26,15 @@ from mhabridge import __version__
 from mhabridge.errors import MHABridgeError
 
 TRACEBACK = "MHABRIDGE_TRACEBACK"
+_LINES = "\n\t"  # a worker's own words may have several
 COMPLETION = "_MHABRIDGE_COMPLETE"
 # name -> (module with a click command called `command`, its line in --help)
 COMMANDS = {
     "backends": ("mhabridge.cli.backends", "List, add, install, remove and check backends."),
     "diff": ("mhabridge.cli.diff", "Run the same layer on several backends and judge the difference."),
+    "convert": ("mhabridge.cli.convert", "Convert checkpoints to another format or framework, and prove it."),
+    "inspect": ("mhabridge.cli.inspect", "Show what is in a checkpoint."),
+    "fingerprint": ("mhabridge.cli.fingerprint", "Print hashes that are equal for equal weights in any layout."),
     "mapping": ("mhabridge.cli.mapping", "Show how one dialect's arguments differ from another's."),
 }
 
@@ -71,7 +75,7 @@ def main() -> None:
     try:
         code = _invoke()
     except BaseException as error:
-        code = _explain(error)
+        code = explain(error)
     _flush()
     sys.exit(code)
 
@@ -101,8 +105,8 @@ def _invoke() -> int:
     return code
 
 
-def _explain(error: BaseException) -> int:
-    """Say what went wrong, on stderr, and give the exit code."""
+def explain(error: BaseException, code: int = 2) -> int:
+    """Say what went wrong, on stderr, and give the exit code: that of a signal, or the given one."""
     if isinstance(error, (KeyboardInterrupt, click.Abort)):
         return 128 + signal.SIGINT
     if isinstance(error, BrokenPipeError):  # who reads the output has seen enough
@@ -113,8 +117,10 @@ def _explain(error: BaseException) -> int:
         if isinstance(error, click.ClickException):
             error.show()
         else:
-            click.echo(f"mhabridge: {_message(error)}", err=True)
-    return 2
+            from mhabridge.cli.tables import printable
+
+            click.echo(f"mhabridge: {printable(_message(error), keep=_LINES)}", err=True)
+    return code
 
 
 def _message(error: BaseException) -> str:

@@ -1,0 +1,147 @@
+"""Writes a planned target, reads it back, and gives it its name only if it is what it should be."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from mhabridge.checkpoint import atomic, sharded, sidecar, verifying
+from mhabridge.checkpoint.formats import Format, open_checkpoint
+from mhabridge.checkpoint.planning import Plan
+from mhabridge.checkpoint.stored import StoredFile, StoredObject
+from mhabridge.checkpoint.writing import Sink
+from mhabridge.errors import CheckpointError
+
+Progress = Callable[[int, int], None]
+_METADATA = {"torch": "pt", "mindspore": "ms"}  # how these frameworks' tools mark their safetensors files
+
+
+@dataclasses.dataclass
+class Job:
+    """Writing one target.
+
+    Args:
+        file: the open source.
+        target: the path.
+        format: its format.
+        plan: what is to be written.
+        objects: the entries that are no tensors.
+        framework: the target's; None for the source's.
+        force: whether an existing target may be replaced.
+        verify: whether the result is read back before it gets its name.
+        progress: called with the bytes done and the bytes in all.
+        shard_size: bytes of one file, when the target is sharded.
+        sync: whether to wait until the bytes are on the disk.
+    """
+
+    file: StoredFile
+    target: Path
+    format: Format
+    plan: Plan
+    objects: Sequence[StoredObject]
+    framework: str | None
+    force: bool
+    verify: bool
+    progress: Progress | None
+    shard_size: int
+    sync: bool
+
+    def run(self) -> str | None:
+        """Write, verify and publish.
+
+        Returns:
+            What is wrong with the result, which then was not published; None when nothing is.
+
+        Raises:
+            CheckpointError: the target cannot be written.
+        """
+        self._done, self._total = 0, sum(one.nbytes for one in self.plan.outgoing)
+        try:
+            if self.format.name == sharded.NAME:
+                self._run_sharded()
+            else:
+                self._run_single()
+        except _Wrong as wrong:
+            return str(wrong)
+        return None
+
+    def _run_single(self) -> None:
+        assert self.format.write is not None
+        beside, specs = self._beside()
+        with atomic.replacing_all([*beside, self.target], self.force, self.sync) as descriptors:
+            self.format.write(
+                Sink(descriptors[-1], self._advance),
+                self.plan.outgoing,
+                self.objects,
+                self._metadata(),
+                self.file.nested,
+            )
+            if beside:
+                Sink(descriptors[0]).write(specs.encode())
+            self._require_right(descriptors[-1:])
+
+    def _beside(self) -> tuple[list[Path], str]:
+        """The path of what travels beside the target, if anything does, and its text.
+
+        One that is there already speaks of the old target: it must not stay.
+        """
+        path = sidecar.path_beside(self.target)
+        needed = not self._has_metadata and (self.plan.specs is not None or path.exists())
+        return [path] if needed else [], self.plan.specs or sidecar.Specs(framework=self.framework).dumped()
+
+    def _run_sharded(self) -> None:
+        groups = sharded.by_size(self.plan.outgoing, self.shard_size)
+        sharded.write(
+            self.target,
+            groups,
+            self.objects,
+            self._metadata(),
+            self.force,
+            self.sync,
+            progress=self._advance,
+            check=lambda descriptors: self._require_right(descriptors[:-1]),
+        )
+
+    def _require_right(self, descriptors: Sequence[int]) -> None:
+        """Read back what has no name yet."""
+        if not self.verify:
+            return
+        with contextlib.ExitStack() as stack:
+            paths = [f"/proc/self/fd/{descriptor}" for descriptor in descriptors]
+            try:
+                written = [stack.enter_context(open_checkpoint(path, self.file.nested)) for path in paths]
+                wrong = verifying.fault(self.file, written, self.plan.outgoing, self.plan.checks, self.objects)
+            except verifying.DamagedSource as damage:
+                raise damage.error from None
+            except CheckpointError as error:
+                raise _Wrong(f"it cannot be read back: {error}") from error
+        if wrong is not None:
+            raise _Wrong(wrong)
+
+    @property
+    def _has_metadata(self) -> bool:
+        return self.format.name in ("safetensors", sharded.NAME)
+
+    def _metadata(self) -> dict[str, str]:
+        if not self._has_metadata:
+            return {}
+        metadata = {name: text for name, text in self.file.metadata.items() if name != sidecar.KEY}
+        if self.framework is not None:
+            metadata.pop("format", None)
+        mark = _METADATA.get((self.framework or "").partition("@")[0].partition(".")[0])
+        if mark is not None:
+            metadata["format"] = mark
+        if self.plan.specs is not None:
+            metadata[sidecar.KEY] = self.plan.specs
+        return metadata
+
+    def _advance(self, count: int) -> None:
+        self._done += count
+        if self.progress is not None:
+            self.progress(min(self._done, self._total), self._total)
+
+
+class _Wrong(Exception):
+    """The result is not what it should be: nothing is published."""

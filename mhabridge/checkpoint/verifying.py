@@ -1,0 +1,100 @@
+"""Whether a target, read back and mapped back, has the source's bits in every tensor, and the source its checksums."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+from mhabridge.checkpoint import checksums
+from mhabridge.checkpoint.blocks import Scratch
+from mhabridge.checkpoint.checksums import Checksum
+from mhabridge.checkpoint.comparing import all_zero, same_bits
+from mhabridge.checkpoint.drafts import Check
+from mhabridge.checkpoint.scalars import as_tensor
+from mhabridge.checkpoint.stored import StoredFile, StoredObject
+from mhabridge.checkpoint.writing import Outgoing
+from mhabridge.errors import CheckpointError
+
+_AT_ONCE = 2  # threads; memory grows with them
+
+
+class DamagedSource(Exception):
+    """The source is not what it should be.
+
+    Args:
+        error: what is wrong with it.
+    """
+
+    def __init__(self, error: CheckpointError) -> None:
+        super().__init__(str(error))
+        self.error = error
+
+
+def fault(
+    source: StoredFile,
+    written: Sequence[StoredFile],
+    outgoing: Sequence[Outgoing],
+    checks: Sequence[Check],
+    objects: Sequence[StoredObject] = (),
+) -> str | None:
+    """What is wrong with a target; None when nothing is.
+
+    Args:
+        source: what was converted.
+        written: the target, in one file or several.
+        outgoing: the tensors that it must have, and no other.
+        checks: what holds them against the source.
+        objects: the entries that it must have, and that are no tensors.
+
+    Raises:
+        CheckpointError: a file cannot be read.
+        DamagedSource: a checksum that the source keeps of its content is wrong.
+    """
+    holders = {name: file for file in written for name in file}
+    if sum(map(len, written)) != len(holders):
+        return "a tensor is in two files"
+    found = {name: (file[name].dtype, file[name].shape) for name, file in holders.items()}
+    scalar = [
+        one for one in map(as_tensor, objects) if one is not None and one.name in found
+    ]  # formats of tensors only
+    wanted = {one.name: (one.dtype, one.shape) for one in [*outgoing, *scalar]}
+    different = sorted(name for name in found.keys() | wanted.keys() if found.get(name) != wanted.get(name))
+    if different:
+        return f"{', '.join(different[:8])}: missing, unexpected, or of another dtype or shape"
+    kept = {entry.name: repr(entry.value) for file in written for entry in file.objects}
+    kept.update({one.name: repr(holders[one.name].read(one.name).item()) for one in scalar})
+    lost = [entry.name for entry in objects if kept.get(entry.name) != repr(entry.value)]
+    if lost:
+        return f"{', '.join(lost[:8])}: missing, or another value"
+    return _first_fault(source, holders, checks)
+
+
+def _first_fault(source: StoredFile, holders: Mapping[str, StoredFile], checks: Sequence[Check]) -> str | None:
+    """Several tensors at a time: reading, comparing and summing up leave the interpreter to others."""
+    own = threading.local()
+
+    def fault_of(job: Check | Checksum) -> str | None:
+        scratch = own.__dict__.setdefault("scratch", Scratch())
+        if isinstance(job, Check):
+            right = _holds(source, holders, job, scratch)
+            return None if right else f"{job.target}: other numbers than the source's"
+        try:
+            checksums.require(source, job, scratch)
+        except CheckpointError as error:
+            raise DamagedSource(error) from error
+        return None
+
+    pool = ThreadPoolExecutor(_AT_ONCE)
+    try:
+        jobs: list[Check | Checksum] = [*checks, *checksums.kept_by(source)]
+        waiting = [pool.submit(fault_of, job) for job in jobs]
+        return next((found for one in waiting if (found := one.result())), None)
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _holds(source: StoredFile, holders: Mapping[str, StoredFile], check: Check, scratch: Scratch) -> bool:
+    file = holders[check.target]
+    view = check.view_of(file[check.target])
+    return all_zero(file, view) if check.source is None else same_bits(source, check.source, file, view, scratch)

@@ -1,0 +1,374 @@
+"""Attention layers in every layout, from file to file: there and back bit for bit, or refused by name."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mhabridge import dtypes
+from mhabridge.checkpoint.conversion import ConversionReport, convert_checkpoint
+from mhabridge.checkpoint.fingerprints import fingerprint
+from mhabridge.checkpoint.formats import open_checkpoint
+from mhabridge.checkpoint.inspection import inspect_checkpoint
+from mhabridge.errors import ArgumentError, ArgumentTypeError, CheckpointError, UnsupportedError, WeightsError
+from mhabridge.spec import MHASpec
+from mhabridge.weights import MHAWeights
+
+NO_QKV_BIAS = {"q_bias": False, "k_bias": False, "v_bias": False}
+LAYOUTS = {
+    "torch": ("torch", MHASpec(8, 2), ""),
+    "torch, bare": ("torch", MHASpec(8, 2), None),
+    "torch without biases": ("torch", MHASpec(8, 2, bias=False), ""),
+    "torch, separate": ("torch", MHASpec(8, 2, kdim=6, vdim=4), ""),
+    "megengine": ("megengine", MHASpec(8, 2), ""),
+    "megengine, separate": ("megengine", MHASpec(8, 2, kdim=6, vdim=4, bias=False), ""),
+    "hf-bert": ("hf-bert", MHASpec(8, 2), ""),
+    "hf-vit": ("hf-vit", MHASpec(8, 2, **NO_QKV_BIAS), ""),
+    "hf-distilbert": ("hf-distilbert", MHASpec(8, 2), ""),
+    "hf-bart": ("hf-bart", MHASpec(8, 2), ""),
+    "whisper": ("whisper", MHASpec(8, 2, k_bias=False), ""),
+    "fused-qkv": ("fused-qkv", MHASpec(8, 2, **NO_QKV_BIAS), ""),
+    "gpt2": ("gpt2", MHASpec(8, 2), ""),
+}
+# What lies beside the attention under the same prefix, in real files.
+BESIDE: dict[str, dict[str, np.ndarray]] = {
+    "hf-bert": {"output.LayerNorm.weight": np.arange(8, dtype="f4"), "output.LayerNorm.bias": np.ones(8, "f4")},
+    "gpt2": {"bias": np.tril(np.ones((1, 1, 5, 5), np.uint8)), "masked_bias": np.array(-1e4, "f4")},
+}
+TARGETS = [("torch", ".pth"), ("mindspore", ".ckpt"), ("megengine", ".pkl"), ("megengine", ".safetensors")]
+
+
+def prefixes(said: str | None) -> list[str]:
+    return [""] if said is None else ["encoder.0.attn", "encoder.1.attn"]
+
+
+def file_of(folder: Path, name: str) -> Path:
+    """A .npz of one or two layers in a layout, and of some tensors beside them."""
+    layout, spec, said = LAYOUTS[name]
+    named: dict[str, np.ndarray] = {}
+    for seed, prefix in enumerate(prefixes(said)):
+        named.update(MHAWeights.random(spec, seed=seed).to_layout(layout, spec, prefix=prefix))
+        named.update({f"{prefix}.{leaf}": array for leaf, array in BESIDE.get(layout, {}).items()})
+    if said is not None:
+        named["wte.weight"] = np.arange(24, dtype="f4").reshape(6, 4)
+    np.savez(folder / "source.npz", **named)
+    return folder / "source.npz"
+
+
+def contents(file: Path) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
+    with open_checkpoint(file) as opened:
+        return {
+            name: (tensor.dtype, tensor.shape, b"".join(map(bytes, opened.chunks(tensor))))
+            for name, tensor in opened.items()
+        }
+
+
+def specs_of(name: str) -> Any:
+    """What has to be said of a file of this layout: its shapes tell all but of a packed vector."""
+    layout, spec, _ = LAYOUTS[name]
+    return {"spec": spec} if layout == "megengine" else {"num_heads": spec.num_heads}
+
+
+@pytest.mark.parametrize("target", TARGETS, ids=" ".join)
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_there_and_back(name: str, target: tuple[str, str], tmp_path: Path) -> None:
+    layout, spec, said = LAYOUTS[name]
+    (to, ending), source = target, file_of(tmp_path, name)
+    there, back = tmp_path / f"there{ending}", tmp_path / "back.npz"
+    first = convert_checkpoint(source, there, to=to, **specs_of(name))
+    assert first.verified
+    second = convert_checkpoint(there, back, to="torch", layout=layout)
+    assert second.verified
+    assert sorted(contents(back)) == sorted(contents(source))
+    assert contents(back) == contents(source)
+    found = fingerprint(source, spec=specs_of(name).get("spec"))
+    assert fingerprint(there) == dataclasses_replaced(found, there)
+    assert fingerprint(back).attention == found.attention
+    blocks = inspect_checkpoint(there).blocks
+    assert [(block.prefix, block.spec, block.heads_known) for block in blocks] == [
+        (prefix, spec, True) for prefix in prefixes(said)
+    ]
+
+
+def dataclasses_replaced(found: Any, file: Path) -> Any:
+    """A fingerprint, but for how many tensors the other layout has."""
+    return type(found)(found.attention, found.all, found.layers, len(contents(file)))
+
+
+def test_the_values_are_those_of_the_canonical_weights(tmp_path: Path) -> None:
+    """A round trip hides a symmetric error: here one way is compared with the weights themselves."""
+    for name in LAYOUTS:
+        _, spec, said = LAYOUTS[name]
+        source = file_of(tmp_path, name)
+        for to in ("torch", "mindspore", "megengine"):
+            convert_checkpoint(source, tmp_path / "there.npz", to=to, force=True, **specs_of(name))
+            with open_checkpoint(tmp_path / "there.npz") as opened:
+                arrays = {one: opened.read(one) for one in opened}
+            for seed, prefix in enumerate(prefixes(said)):
+                wanted = MHAWeights.random(spec, seed=seed).to_layout(to, spec, prefix=prefix)
+                assert all(np.array_equal(arrays[one], wanted[one]) for one in wanted), (name, to)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float64"])
+@pytest.mark.parametrize("to", ["torch", "mindspore", "megengine"])
+def test_every_dtype(to: str, dtype: str, tmp_path: Path) -> None:
+    spec = MHASpec(8, 2, dtype=dtype)
+    weights = MHAWeights.random(spec, seed=4)
+    named = {name: dtypes.to_words(array) for name, array in weights.to_layout("hf-bert", spec, prefix="a").items()}
+    np.savez(tmp_path / "a.npz", **named)
+    there, back = tmp_path / ("b.pth" if dtype == "bfloat16" else "b.pkl"), tmp_path / "back.npz"
+    assert convert_checkpoint(tmp_path / "a.npz", there, to=to).verified
+    with open_checkpoint(there) as opened:
+        assert {tensor.dtype for tensor in opened.values()} == {dtype}
+    assert convert_checkpoint(there, back, to="torch", layout="hf-bert").verified
+    assert contents(back) == contents(tmp_path / "a.npz")
+
+
+# -- zeros that stand in for absent biases -----------------------------------------------------------------------------
+
+
+def test_a_bias_that_stands_in_is_listed_and_recorded(tmp_path: Path) -> None:
+    source, there = file_of(tmp_path, "whisper"), tmp_path / "there.pth"
+    report = convert_checkpoint(source, there, to="torch")
+    rules = {entry.target: entry.rule for entry in report.entries}
+    assert rules["encoder.0.attn.in_proj_bias"].endswith("; zeros for k_bias, which it cannot be without")
+    assert fingerprint(there).attention == fingerprint(source).attention
+    sidecar = tmp_path / "there.pth.mhabridge.json"
+    fields = json.loads(sidecar.read_text())["attention"]["encoder.0.attn"]
+    assert (fields["k_bias"], "num_heads" in fields) == (False, False)
+    sidecar.unlink()  # then nothing tells that zeros are not the layer's own
+    assert fingerprint(there).attention != fingerprint(source).attention
+    assert convert_checkpoint(there, tmp_path / "bart.npz", to="torch", layout="hf-bart").verified
+    with pytest.raises(UnsupportedError, match="k_bias"):
+        convert_checkpoint(there, tmp_path / "back.npz", to="torch", layout="whisper")
+    given = MHASpec(8, 2, k_bias=False)
+    assert convert_checkpoint(there, tmp_path / "back.npz", to="torch", layout="whisper", spec=given).verified
+    assert contents(tmp_path / "back.npz") == contents(source)
+
+
+def test_a_stand_in_that_is_not_zero_any_more_is_not_lost(tmp_path: Path) -> None:
+    source, there = file_of(tmp_path, "whisper"), tmp_path / "there.npz"
+    convert_checkpoint(source, there, to="torch")
+    with np.load(there) as loaded:
+        arrays = dict(loaded)
+    arrays["encoder.0.attn.in_proj_bias"][9] = 1e-9
+    np.savez(there, **arrays)
+    assert fingerprint(there).attention != fingerprint(source).attention
+    with pytest.raises(WeightsError, match=r"encoder\.0\.attn: k_bias"):
+        convert_checkpoint(there, tmp_path / "back.npz", to="torch", layout="whisper")
+
+
+# -- what must be said, and what is refused ----------------------------------------------------------------------------
+
+
+def test_a_packed_vector_with_several_readings_is_refused_with_all_of_them(tmp_path: Path) -> None:
+    source = file_of(tmp_path, "megengine, separate")
+    with pytest.raises(ArgumentError) as caught:
+        convert_checkpoint(source, tmp_path / "there.pth", to="torch")
+    assert "embed_dim=8, bias=False, kdim + vdim = 10; or " in str(caught.value)
+    info = inspect_checkpoint(source)  # inspecting tells the same and goes on
+    assert len(info.tensors) == 3
+    assert "embed_dim=8, bias=False, kdim + vdim = 10; or " in info.notes[-1]
+    wrong = MHASpec(8, 2, bias=False)
+    with pytest.raises(ArgumentError, match="no layer of that"):
+        convert_checkpoint(source, tmp_path / "there.pth", to="torch", spec=wrong)
+    spec = LAYOUTS["megengine, separate"][1]
+    by_prefix = {"encoder.0.attn": spec, "encoder.1.attn": spec}
+    assert convert_checkpoint(source, tmp_path / "there.pth", to="torch", spec=by_prefix).verified
+    assert not list(tmp_path.glob("*.part"))
+
+
+def test_specs_must_be_of_layers_that_are_there(tmp_path: Path) -> None:
+    source = file_of(tmp_path, "hf-bert")
+    with pytest.raises(ArgumentError, match=r"'encoder\.9'.*encoder\.0\.attn, encoder\.1\.attn"):
+        convert_checkpoint(source, tmp_path / "there.pth", to="torch", spec={"encoder.9": MHASpec(8, 2)})
+    with pytest.raises(ArgumentTypeError, match="spec"):
+        convert_checkpoint(source, tmp_path / "there.pth", to="torch", spec={"encoder.0.attn": 8})
+    with pytest.raises(WeightsError, match="expected shape"):
+        convert_checkpoint(source, tmp_path / "there.pth", to="torch", spec=MHASpec(16, 2))
+
+
+REFUSED: dict[str, tuple[dict[str, tuple[int, ...]], str]] = {
+    "llama": (
+        {f"attn.{name}.weight": (8, 8) for name in ("q_proj", "k_proj", "v_proj", "o_proj")},
+        "LLaMA, Mistral, Qwen",
+    ),
+    "grouped-query, whisper's names": (
+        {
+            **{f"attn.{name}_proj.weight": (4, 8) for name in "kv"},
+            **{f"attn.{name}.weight": (8, 8) for name in ("q_proj", "out_proj")},
+        },
+        "grouped-query or multi-query attention",
+    ),
+    "head-interleaved": ({"attn.query_key_value.weight": (24, 8), "attn.dense.weight": (8, 8)}, "head-interleaved"),
+    "fused Wqkv": ({"attn.Wqkv.weight": (24, 8)}, "fused Wqkv"),
+    "gpt-bigcode": (
+        {
+            "attn.c_attn.weight": (12, 8),
+            "attn.c_attn.bias": (12,),
+            "attn.c_proj.weight": (8, 8),
+            "attn.c_proj.bias": (8,),
+        },
+        "multi-query",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_other_attention_is_refused_by_name(name: str, tmp_path: Path) -> None:
+    shapes, said = REFUSED[name]
+    np.savez(tmp_path / "a.npz", **{path: np.ones(shape, "f4") for path, shape in shapes.items()})
+    with pytest.raises(UnsupportedError, match=said):
+        convert_checkpoint(tmp_path / "a.npz", tmp_path / "b.pth", to="torch")
+    assert convert_checkpoint(
+        tmp_path / "a.npz", tmp_path / "b.pth"
+    ).verified  # without a framework nothing is read into
+
+
+def test_a_layout_that_cannot_hold_the_layer_is_refused(tmp_path: Path) -> None:
+    spec = MHASpec(8, 2, add_bias_kv=True)
+    np.savez(tmp_path / "a.npz", **MHAWeights.random(spec).to_layout("torch", spec, prefix="attn"))
+    with pytest.raises(UnsupportedError, match="bias_k, bias_v"):
+        convert_checkpoint(tmp_path / "a.npz", tmp_path / "b.pkl", to="megengine")
+    assert convert_checkpoint(tmp_path / "a.npz", tmp_path / "b.ckpt", to="mindspore").verified
+    assert convert_checkpoint(tmp_path / "b.ckpt", tmp_path / "c.npz", to="torch").verified
+    assert contents(tmp_path / "c.npz") == contents(tmp_path / "a.npz")
+
+
+def test_one_layer_has_one_dtype(tmp_path: Path) -> None:
+    source = file_of(tmp_path, "hf-bert")
+    with np.load(source) as loaded:
+        arrays = dict(loaded)
+    arrays["encoder.1.attn.self.key.bias"] = arrays["encoder.1.attn.self.key.bias"].astype("f8")
+    np.savez(source, **arrays)
+    with pytest.raises(CheckpointError, match=r"encoder\.1\.attn: given the dtypes float32, float64"):
+        convert_checkpoint(source, tmp_path / "b.pth", to="torch")
+
+
+# -- the number of heads -----------------------------------------------------------------------------------------------
+
+
+def heads(file: Path, **said: Any) -> tuple[int | None, list[str]]:
+    report = convert_checkpoint(file, file.with_name("b.npz"), to="megengine", force=True, **said)
+    info = inspect_checkpoint(file.with_name("b.npz"))
+    return info.blocks[0].to_dict()["spec"]["num_heads"], [note for note in report.notes if "num_heads" in note]
+
+
+def test_heads_come_from_the_user_the_file_or_config_json_or_stay_unknown(tmp_path: Path) -> None:
+    source = file_of(tmp_path, "hf-bert")
+    assert heads(source) == (None, [])
+    assert heads(source, num_heads=4) == (4, [])
+    (tmp_path / "config.json").write_text('{"num_attention_heads": 2}')
+    assert heads(source) == (2, [])
+    assert heads(source, num_heads=8) == (8, [])
+    convert_checkpoint(source, tmp_path / "c.npz", to="torch", num_heads=4)
+    assert heads(tmp_path / "c.npz") == (4, [])  # what travels with a file is nearer than config.json
+    found, notes = heads(tmp_path / "c.npz", num_heads=8)
+    assert (found, len(notes)) == (8, 2)
+    assert "num_heads=8 is given, and what is known of the layer says 4" in notes[0]
+    for wrong in (3, 0, -1):
+        with pytest.raises((ArgumentError, CheckpointError), match="num_heads"):
+            heads(source, num_heads=wrong)
+    (tmp_path / "config.json").write_text('{"num_attention_heads": 2, "rotary_dim": 4}')
+    with pytest.raises(UnsupportedError, match="rotary"):
+        heads(source)
+
+
+# -- what travels with a file ------------------------------------------------------------------------------------------
+
+
+def travelling(tmp_path: Path, ending: str) -> ConversionReport:
+    return convert_checkpoint(file_of(tmp_path, "whisper"), tmp_path / f"a{ending}", to="megengine", num_heads=2)
+
+
+@pytest.mark.parametrize("ending", [".safetensors", ".safetensors.index.json", ".pkl", ".ckpt", ".pth", ".npz"])
+def test_specs_travel_inside_or_beside(ending: str, tmp_path: Path) -> None:
+    assert travelling(tmp_path, ending).verified
+    beside = tmp_path / f"a{ending}.mhabridge.json"
+    assert beside.exists() == ("safetensors" not in ending)
+    assert fingerprint(tmp_path / f"a{ending}").attention == fingerprint(tmp_path / "source.npz").attention
+    # They go on when only the container changes, whatever it is.
+    assert convert_checkpoint(tmp_path / f"a{ending}", tmp_path / "b.pkl").verified
+    assert convert_checkpoint(tmp_path / "b.pkl", tmp_path / "c.safetensors", rename="encoder.*=model.*").verified
+    assert [block.prefix for block in inspect_checkpoint(tmp_path / "c.safetensors").blocks] == [
+        "model.0.attn",
+        "model.1.attn",
+    ]
+
+
+def test_specs_are_found_when_the_layers_are_renamed(tmp_path: Path) -> None:
+    travelling(tmp_path, ".pkl")
+    report = convert_checkpoint(tmp_path / "a.pkl", tmp_path / "b.npz", to="torch", rename=["encoder.*=deep.*"])
+    assert report.verified
+    assert convert_checkpoint(
+        tmp_path / "b.npz", tmp_path / "c.npz", to="torch", layout="whisper", rename={"x": "y"}
+    ).verified
+    assert {name.partition(".")[0] for name in contents(tmp_path / "c.npz")} == {"deep", "wte"}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "{",
+        "[]",
+        "{}",
+        '{"mhabridge": 2, "framework": "torch", "attention": {}, "kinds": {}}',
+        '{"mhabridge": 1, "framework": 3, "attention": {}, "kinds": {}}',
+        '{"mhabridge": 1, "framework": "torch", "attention": [], "kinds": {}}',
+        '{"mhabridge": 1, "framework": "torch", "attention": {}, "kinds": {"a": 1}}',
+        '{"mhabridge": 1, "framework": "torch", "attention": {"a": {}}, "kinds": {}}',
+        '{"mhabridge": 1, "framework": "torch", "attention": {"a": {"layout": "no"}}, "kinds": {}}',
+        '{"mhabridge": 1, "framework": "torch", "attention": {"a": {"layout": "torch", "embed_dim": -1}}, "kinds": {}}',
+        '{"mhabridge": 1, "framework": "torch", "attention": {"a": {"layout": "torch", "embd": 4}}, "kinds": {}}',
+        "[" * 100_000,
+    ],
+)
+def test_damaged_ones_are_refused(text: str, tmp_path: Path) -> None:
+    source = file_of(tmp_path, "torch")
+    source.with_name("source.npz.mhabridge.json").write_text(text)
+    for use in (lambda: convert_checkpoint(source, tmp_path / "b.pkl", to="megengine"), lambda: fingerprint(source)):
+        with pytest.raises(CheckpointError, match="what mhabridge does not write there"):
+            use()
+    assert "what mhabridge does not write there" in inspect_checkpoint(source).notes[-1]
+
+
+def test_a_framework_that_is_not_known_there_is_refused(tmp_path: Path) -> None:
+    source = file_of(tmp_path, "torch")
+    text = '{"mhabridge": 1, "framework": "tensorflow", "attention": {}, "kinds": {}}'
+    source.with_name("source.npz.mhabridge.json").write_text(text)
+    with pytest.raises(CheckpointError, match="what mhabridge does not write there"):
+        convert_checkpoint(source, tmp_path / "b.pkl", to="megengine")
+
+
+def test_stale_ones_are_refused(tmp_path: Path) -> None:
+    travelling(tmp_path, ".npz")
+    for name in ("torch, bare", "megengine, separate"):
+        file_of(tmp_path, name).rename(tmp_path / "a.npz")
+        with pytest.raises(CheckpointError, match=r"belongs to another file.*Was the checkpoint replaced since"):
+            convert_checkpoint(tmp_path / "a.npz", tmp_path / "b.pth", to="torch")
+
+
+def test_a_kind_that_does_not_fit_is_stale(tmp_path: Path) -> None:
+    source = file_of(tmp_path, "torch")
+    convert_checkpoint(source, tmp_path / "a.npz", to="torch")
+    text = json.loads((tmp_path / "a.npz.mhabridge.json").read_text())
+    assert text["kinds"] == {"wte": "embedding"}
+    text["kinds"] = {"wte": "conv2d"}
+    (tmp_path / "a.npz.mhabridge.json").write_text(json.dumps(text))
+    with pytest.raises(CheckpointError, match="belongs to another file: it says that wte is a conv2d"):
+        convert_checkpoint(tmp_path / "a.npz", tmp_path / "b.ckpt", to="mindspore")
+
+
+def test_an_old_one_does_not_stay_beside_a_new_file(tmp_path: Path) -> None:
+    travelling(tmp_path, ".npz")
+    np.savez(tmp_path / "plain.npz", x=np.ones(3, "f4"))
+    with pytest.raises(CheckpointError, match=r"a\.npz"):
+        convert_checkpoint(tmp_path / "plain.npz", tmp_path / "a.npz", to="torch")
+    assert convert_checkpoint(tmp_path / "plain.npz", tmp_path / "a.npz", to="torch", force=True).verified
+    assert inspect_checkpoint(tmp_path / "a.npz").blocks == ()
+    assert json.loads((tmp_path / "a.npz.mhabridge.json").read_text())["attention"] == {}

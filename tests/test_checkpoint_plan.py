@@ -1,0 +1,431 @@
+"""What a conversion does to every tensor: the user's rules, law 1, and the forms that state dicts come in."""
+
+from __future__ import annotations
+
+import json
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from mhabridge.checkpoint import completeness, planning, safetensors_file
+from mhabridge.checkpoint.conversion import ConversionReport, convert_checkpoint
+from mhabridge.checkpoint.drafts import Draft, Entry
+from mhabridge.checkpoint.formats import open_checkpoint
+from mhabridge.errors import ArgumentError, ArgumentTypeError, CheckpointError, WeightsError
+from mhabridge.spec import MHASpec
+from mhabridge.weights import MHAWeights
+from tests.checkpoint_files import outgoing, written
+
+SPEC = MHASpec(4, 2)
+
+
+def arrays(prefix: str = "") -> dict[str, np.ndarray]:
+    """A small model in PyTorch's names: an attention, a linear map, a norm, an embedding and a tensor of no layer."""
+    found = MHAWeights.random(SPEC).to_layout("torch", SPEC, prefix="attn")
+    found["fc.weight"] = np.arange(8, dtype="f4").reshape(2, 4)
+    found["fc.bias"] = np.arange(2, dtype="f4")
+    found["norm.weight"] = np.arange(4, dtype="f4")
+    found["norm.bias"] = np.arange(4, dtype="f4") + 1
+    found["embed.weight"] = np.arange(12, dtype="f4").reshape(3, 4)
+    found["scale"] = np.float32([3])
+    return {prefix + name: array for name, array in found.items()}
+
+
+def source_of(folder: Path, prefix: str = "", **more: np.ndarray) -> Path:
+    np.savez(folder / "source.npz", **arrays(prefix), **more)
+    return folder / "source.npz"
+
+
+def names(file: Path) -> list[str]:
+    with open_checkpoint(file) as opened:
+        return list(opened)
+
+
+def convert(file: Path, to: str | None = "mindspore", **options: Any) -> ConversionReport:
+    report = convert_checkpoint(file, file.with_name("target.npz"), to=to, force=True, **options)
+    assert report.verified
+    return report
+
+
+def targets(report: ConversionReport) -> dict[str, tuple[str, ...]]:
+    return {entry.target: entry.sources for entry in report.entries if entry.target is not None}
+
+
+IN_MINDSPORE = [
+    "attn.in_proj_weight",
+    "attn.in_proj_bias",
+    "attn.out_proj.weight",
+    "attn.out_proj.bias",
+    "fc.weight",
+    "fc.bias",
+    "norm.gamma",
+    "norm.beta",
+    "embed.embedding_table",
+    "scale",
+]
+
+
+# -- the report --------------------------------------------------------------------------------------------------------
+
+
+def test_every_tensor_is_told_and_the_order_stays(tmp_path: Path) -> None:
+    report = convert(source_of(tmp_path))
+    assert names(tmp_path / "target.npz") == IN_MINDSPORE
+    assert [entry.sources for entry in report.entries if entry.target == "norm.gamma"] == [("norm.weight",)]
+    assert report.counts == {
+        "attention: mindspore, as it is": 4,
+        "linear": 2,
+        "norm": 2,
+        "embedding": 1,
+        "unchanged: no known kind of layer": 1,
+    }
+    assert sorted(name for entry in report.entries for name in entry.sources) == sorted(arrays())
+
+
+def test_a_packed_target_tells_all_that_it_is_made_of(tmp_path: Path) -> None:
+    report = convert(source_of(tmp_path), "megengine")
+    entry = next(entry for entry in report.entries if entry.target == "attn.io_weight_bias")
+    assert entry.sources == tuple(IN_MINDSPORE[i] for i in (0, 2, 1, 3))
+    assert (entry.before, entry.after, entry.dtype) == (((12, 4), (4, 4), (12,), (4,)), (1, 80), "float32")
+    assert names(tmp_path / "target.npz")[0] == "attn.io_weight_bias"
+
+
+def test_the_report_is_json(tmp_path: Path) -> None:
+    report = convert(source_of(tmp_path), drop="scale")
+    found = json.loads(report.to_json())
+    assert found["ok"] is found["verified"] is True
+    assert found["source_format"] == found["target_format"] == "npz"
+    assert len(found["entries"]) == 10
+    assert found["counts"]["dropped by --drop scale"] == 1
+    assert {
+        "sources": ["fc.bias"],
+        "target": "fc.bias",
+        "dtype": "float32",
+        "before": [[2]],
+        "after": [2],
+        "rule": "linear",
+    } in found["entries"]
+    assert found["bytes"] == sum(array.nbytes for name, array in arrays().items() if name != "scale")
+
+
+def test_a_dry_run_makes_the_same_plan_and_writes_nothing(tmp_path: Path) -> None:
+    source = source_of(tmp_path)
+    dry = convert_checkpoint(source, tmp_path / "a.pkl", to="megengine", dry_run=True)
+    assert (dry.target, dry.verified, dry.ok) == (None, None, True)
+    assert list(tmp_path.iterdir()) == [source]
+    assert convert_checkpoint(source, tmp_path / "a.pkl", to="megengine").entries == dry.entries
+
+
+def test_the_way_is_told_byte_by_byte(tmp_path: Path) -> None:
+    seen: list[tuple[int, int]] = []
+    report = convert(source_of(tmp_path), progress=lambda done, total: seen.append((done, total)))
+    assert seen[-1] == (report.bytes, report.bytes)
+    assert [done for done, _ in seen] == sorted(done for done, _ in seen)
+
+
+# -- rules about names -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "rename",
+    [
+        "module.*=*",
+        ["nothing.*=x.*", "module.*=*", "*=never.*"],
+        {f"module.{name}": name for name in arrays()},
+        lambda name: name.removeprefix("module."),
+    ],
+    ids=["rule", "list", "mapping", "callable"],
+)
+def test_names_are_changed_first(rename: Any, tmp_path: Path) -> None:
+    report = convert(source_of(tmp_path, "module."), rename=rename)
+    assert names(tmp_path / "target.npz") == IN_MINDSPORE
+    assert targets(report)["norm.gamma"] == ("module.norm.weight",)
+
+
+def test_a_prefix_may_stay(tmp_path: Path) -> None:
+    convert(source_of(tmp_path, "module."))
+    assert names(tmp_path / "target.npz") == [f"module.{name}" for name in IN_MINDSPORE]
+
+
+def test_two_tensors_of_one_name_are_an_error(tmp_path: Path) -> None:
+    with pytest.raises(WeightsError, match=r"fc\.weight: given fc\.weight and norm\.weight"):
+        convert(source_of(tmp_path), rename="norm.*=fc.*")
+
+
+def test_a_name_that_is_filled_twice_is_an_error() -> None:
+    first, second = (Entry((name,), "x.gamma", "float32", ((3,),), (3,), "norm") for name in ("a", "b"))
+    assert completeness.require_once([first]) == {"x.gamma": (3,)}
+    with pytest.raises(WeightsError, match=r"x\.gamma: given a and b; expected one tensor for this name"):
+        completeness.require_once([first, second])
+
+
+@pytest.mark.parametrize(
+    ("rename", "error"),
+    [
+        ("fc", ArgumentError),
+        ("=x", ArgumentError),
+        ("a*=*b*", ArgumentError),
+        (3, ArgumentTypeError),
+        (lambda name: 3, ArgumentTypeError),
+    ],
+)
+def test_rules_that_are_none(rename: Any, error: type[Exception], tmp_path: Path) -> None:
+    with pytest.raises(error, match="rename"):
+        convert(source_of(tmp_path), rename=rename)
+
+
+# -- leaving out -------------------------------------------------------------------------------------------------------
+
+
+def test_what_is_dropped_is_listed(tmp_path: Path) -> None:
+    report = convert(source_of(tmp_path), drop=["embed.*", "sc?le"])
+    left = {entry.sources[0]: (entry.rule, entry.after) for entry in report.entries if entry.target is None}
+    assert left == {"embed.weight": ("dropped by --drop embed.*", None), "scale": ("dropped by --drop sc?le", None)}
+    assert names(tmp_path / "target.npz") == IN_MINDSPORE[:-2]
+
+
+def test_patterns_are_of_old_names_or_new_ones(tmp_path: Path) -> None:
+    for drop in ("module.embed.*", "embed.*"):
+        convert(source_of(tmp_path, "module."), drop=drop, rename="module.*=*")
+        assert names(tmp_path / "target.npz") == [*IN_MINDSPORE[:-2], "scale"]
+
+
+def test_a_part_of_an_attention_layer_is_noted(tmp_path: Path) -> None:
+    report = convert(source_of(tmp_path), "megengine", drop="attn.out_proj.weight")
+    assert [note.partition(":")[0] for note in report.notes[:2]] == ["attn.in_proj_weight", "attn.in_proj_bias"]
+    assert targets(report)["attn.in_proj_weight"] == ("attn.in_proj_weight",)
+
+
+def test_nothing_may_be_left_over(tmp_path: Path) -> None:
+    with open_checkpoint(source_of(tmp_path)) as file:
+        draft = Draft(file, str)
+        for name in list(draft.left())[1:]:
+            draft.leave_out(name, "for the test")
+        with pytest.raises(WeightsError, match=r"attn\.in_proj_weight: given no rule"):
+            completeness.require_used(draft)
+
+
+# -- the target's names ------------------------------------------------------------------------------------------------
+
+
+def wanted(**changes: Any) -> dict[str, tuple[int, ...]]:
+    shapes = {name: array.shape for name, array in arrays().items()}
+    own = dict(zip(IN_MINDSPORE, shapes.values(), strict=True))
+    return {name: shape for name, shape in {**own, **changes}.items() if shape is not None}
+
+
+def test_the_targets_names_are_filled_exactly(tmp_path: Path) -> None:
+    convert(source_of(tmp_path), names_of=wanted())
+    np.savez(tmp_path / "model.npz", **{name: np.zeros(shape, "f4") for name, shape in wanted().items()})
+    convert(source_of(tmp_path), names_of=tmp_path / "model.npz")
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"fc2.weight": (2, 2)}, "fc2.weight: given 1 names of the target without a tensor, 0 tensors without a name"),
+        ({"scale": None}, "scale: given 0 names of the target without a tensor, 1 tensors without a name"),
+        ({"scale": None, "bias": (1,)}, r"bias: given 1 names .*, 1 tensors without a name \(scale\)"),
+        ({"fc.weight": (4, 2)}, r"fc.weight: given shape \(2, 4\); expected shape \(4, 2\)"),
+        ({"scale": ()}, r"scale: given shape \(1,\); expected shape \(\)"),
+    ],
+)
+def test_what_does_not_fit_is_named(changes: dict[str, Any], said: str, tmp_path: Path) -> None:
+    with pytest.raises(WeightsError, match=said):
+        convert(source_of(tmp_path), names_of=wanted(**changes))
+    assert not (tmp_path / "target.npz").exists()
+
+
+def test_what_may_be_missing_is_noted(tmp_path: Path) -> None:
+    more = wanted(**{"fc2.weight": (2, 2)})
+    report = convert(source_of(tmp_path), names_of=more, allow_missing="fc2.*")
+    assert "fc2.weight: not in the source; allowed by --allow-missing fc2.*" in report.notes
+    with pytest.raises(WeightsError, match=r"fc2\.weight"):
+        convert(source_of(tmp_path), names_of=more, allow_missing=["fc3.*"])
+
+
+def test_the_targets_names_say_what_a_layer_is(tmp_path: Path) -> None:
+    source = source_of(tmp_path, **{"tokens.weight": np.ones((3, 2), "f4")})
+    with pytest.raises(CheckpointError, match=r"tokens: given embedding .* or linear"):
+        convert(source)
+    report = convert(source, names_of=wanted(**{"tokens.embedding_table": (3, 2)}))
+    assert targets(report)["tokens.embedding_table"] == ("tokens.weight",)
+
+
+def test_kinds_are_stated_by_pattern(tmp_path: Path) -> None:
+    more = {f"{name}.weight": np.ones((3, 2), "f4") for name in ("a.x", "a.y", "b")}
+    source = source_of(tmp_path, **more)
+    report = convert(source, kinds={"a.*": "embedding", "b": "linear"})
+    assert {"a.x.embedding_table", "a.y.embedding_table", "b.weight"} <= set(targets(report))
+    convert(source, kinds={"*": "embedding", "b": "linear"})  # a path comes before patterns
+    for wrong, said in (
+        ({"c": "linear"}, "'c'"),
+        ({"b": "conv2d"}, "kind of b"),
+        ({"f*": "conv2d"}, r"'f\*'"),
+    ):
+        with pytest.raises(ArgumentError, match=said):
+            convert(source, kinds={"a.*": "embedding", "b": "linear", **wrong})
+
+
+def encoder_layer(folder: Path, start: str, **more: np.ndarray) -> Path:
+    named = MHAWeights.random(SPEC).to_layout("torch", SPEC, prefix=f"{start}self_attn")
+    named |= {f"{start}linear{n}.weight": np.ones((4, 4), "f4") for n in (1, 2)}
+    named |= {f"{start}norm{n}.weight": np.ones(4, "f4") for n in (1, 2)}
+    np.savez(folder / "layer.npz", **named, **{start + name: array for name, array in more.items()})
+    return folder / "layer.npz"
+
+
+@pytest.mark.parametrize("start", ["", "encoder.layers.0."])
+def test_parts_of_transformer_layers_have_the_frameworks_names(start: str, tmp_path: Path) -> None:
+    found = targets(convert(encoder_layer(tmp_path, start)))
+    assert {f"{start}dense1.weight", f"{start}norm2.gamma"} < set(found)
+    back = convert_checkpoint(tmp_path / "target.npz", tmp_path / "back.npz", to="megengine")
+    assert {f"{start}linear1.weight", f"{start}norm2.weight"} < set(targets(back))
+
+
+def test_somebodys_own_layer_keeps_its_names(tmp_path: Path) -> None:
+    more = {"gate.weight": np.ones((4, 4), "f4")}
+    assert "a.linear1.weight" in targets(convert(encoder_layer(tmp_path, "a.", **more)))
+    names_of = {
+        name.replace("dense", "linear"): shape
+        for name, shape in ((entry.target, entry.after) for entry in convert(encoder_layer(tmp_path, "a.")).entries)
+    }
+    assert "a.linear1.weight" in targets(convert(encoder_layer(tmp_path, "a."), names_of=names_of))
+
+
+# -- options that cannot be --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"to": "tensorflow"}, "to: given 'tensorflow'; expected one of torch, mindspore, megengine, mindspore.mint"),
+        ({"to": "torch@x"}, "version"),
+        ({"to": "torch@1.0"}, "torch@1.5 or newer"),
+        ({"source": "keras"}, "source: given 'keras'"),
+        ({"layout": "bert"}, "Did you mean hf-bert"),
+        ({"to": None, "num_heads": 2}, "num_heads: given 2, and no framework to convert to"),
+        ({"to": None, "layout": "hf-bert"}, "layout"),
+    ],
+)
+def test_options_that_cannot_be(options: dict[str, Any], said: str, tmp_path: Path) -> None:
+    with pytest.raises(ArgumentError, match=said):
+        convert(source_of(tmp_path), **{"to": "torch", **options})
+    assert not (tmp_path / "target.npz").exists()
+
+
+def test_without_a_framework_nothing_changes_but_the_container(tmp_path: Path) -> None:
+    report = convert(source_of(tmp_path), None, rename="attn.*=attention.*")
+    assert report.counts == {"unchanged": 10}
+    assert names(tmp_path / "target.npz")[0] == "attention.in_proj_weight"
+
+
+def test_one_layer_under_a_prefix(tmp_path: Path) -> None:
+    with open_checkpoint(source_of(tmp_path, "model.")) as file:
+        plan = planning.make(file, planning.Options(to="megengine", prefix="model.attn"))
+        assert [(one.name, one.shape) for one in plan.outgoing] == [("io_weight_bias", (1, 80))]
+        with pytest.raises(WeightsError, match="nothing: given no tensor with this prefix"):
+            planning.make(file, planning.Options(to="megengine", prefix="nothing"))
+
+
+# -- the forms of state dicts ------------------------------------------------------------------------------------------
+
+
+def torch_file(folder: Path, state: Any) -> Path:
+    torch = pytest.importorskip("torch")
+    torch.save(state, folder / "a.pth")
+    return folder / "a.pth"
+
+
+def bits(file: Path) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
+    with open_checkpoint(file) as opened:
+        return {n: (t.dtype, t.shape, b"".join(map(bytes, opened.chunks(t)))) for n, t in opened.items()}
+
+
+def state() -> Any:
+    """Every dtype, views, scalars, empty and tied tensors."""
+    torch = pytest.importorskip("torch")
+    base = torch.arange(24, dtype=torch.float32).reshape(4, 6)
+    return OrderedDict(
+        {
+            "turned": base.t(),
+            "row": base[1],
+            "column": base[:, 2],
+            "tied": base,
+            "tied too": base,
+            "scalar": torch.tensor(2.5),
+            "empty": torch.zeros(0, 3),
+            **{str(dtype): torch.ones(3).to(dtype) for dtype in (torch.bfloat16, torch.float16, torch.float64)},
+            **{str(dtype): torch.arange(3).to(dtype) for dtype in (torch.int64, torch.int8, torch.uint8, torch.bool)},
+        }
+    )
+
+
+@pytest.mark.frameworks
+@pytest.mark.parametrize("nested", [(), ("state_dict",), ("model",), ("checkpoint", "model_state_dict")])
+@pytest.mark.parametrize("ending", [".pth", ".safetensors", ".npz", ".pkl"])
+def test_every_form_of_a_tensor_arrives(ending: str, nested: tuple[str, ...], tmp_path: Path) -> None:
+    content = state()
+    for key in reversed(nested):
+        content = {key: content}
+    source = torch_file(tmp_path, content)
+    there, back = tmp_path / f"b{ending}", tmp_path / "c.pth"
+    assert convert_checkpoint(source, there, to="torch").verified
+    assert bits(there) == bits(source)
+    assert len(bits(source)) == 14
+    assert convert_checkpoint(there, back, to="torch").verified
+    assert bits(back) == bits(source)
+
+
+@pytest.mark.frameworks
+def test_an_empty_tensor_has_no_place_in_a_mindspore_checkpoint(tmp_path: Path) -> None:
+    source = torch_file(tmp_path, state())
+    with pytest.raises(CheckpointError, match="empty"):
+        convert_checkpoint(source, tmp_path / "b.ckpt", to="torch")
+    assert list(tmp_path.iterdir()) == [source]
+    assert convert_checkpoint(source, tmp_path / "b.ckpt", to="torch", drop="empty").verified
+
+
+@pytest.mark.frameworks
+def test_entries_that_are_no_tensors_are_kept_or_listed(tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    source = torch_file(tmp_path, {"state_dict": {"x": torch.ones(2)}, "epoch": 3, "args": {"lr": 0.1, "name": "a"}})
+    for ending in (".pth", ".pkl", ".safetensors", ".ckpt", ".npz"):
+        report = convert_checkpoint(source, tmp_path / f"b{ending}", to="torch")
+        assert report.verified
+        told = " ".join((*report.kept, *report.left_out))
+        assert "epoch" in told, ending
+        assert "lr" in told or "args" in told, ending
+        with open_checkpoint(tmp_path / f"b{ending}") as opened:
+            assert "x" in opened
+            found = {entry.name for entry in opened.objects} | set(opened)
+            assert set(report.kept) <= found, ending
+
+
+@pytest.mark.frameworks
+def test_objects_that_would_be_made_by_code_are_refused_or_listed(tmp_path: Path) -> None:
+    import argparse
+
+    torch = pytest.importorskip("torch")
+    source = torch_file(tmp_path, {"state_dict": {"x": torch.ones(2)}, "opt": argparse.Namespace(lr=1)})
+    with pytest.raises(CheckpointError, match=r"opt: given objects .* by argparse.Namespace"):
+        convert_checkpoint(source, tmp_path / "b.npz", to="torch")
+    report = convert_checkpoint(source, tmp_path / "b.npz", to="torch", ignore_objects=True)
+    assert report.verified
+    assert len(report.left_out) == 1
+    assert report.left_out[0].startswith("opt: left out")
+
+
+def test_bfloat16_keeps_its_bits_in_every_container(tmp_path: Path) -> None:
+    words = np.array([0x3F80, 0x7FC1, 0xFF80, 1], np.uint16)
+    values = words.view(ml_dtypes.bfloat16)
+    at = written(tmp_path / "0.safetensors", safetensors_file, [outgoing("x", "bfloat16", values)])
+    for number, ending in enumerate((".pth", ".ckpt", ".pkl", ".npz", ".safetensors"), 1):
+        target = tmp_path / f"{number}{ending}"
+        assert convert_checkpoint(at, target, to="torch").verified
+        at = target
+        assert bits(at) == {"x": ("bfloat16", (4,), words.tobytes())}
