@@ -22,13 +22,14 @@ MEGENGINE := .mhabridge/megengine.ready
 REQUIRED := torch,mindspore,megengine
 OLD := torch@1.8.1,mindspore@2.0.0
 
-.PHONY: help setup demo test check bench docs test-versions clean
+.PHONY: help setup demo test check bench fuzz docs test-versions clean
 
 help:
 	@echo 'make demo           a real trained model in three frameworks, judged against float64'
 	@echo 'make test           the tests, over every backend'
 	@echo 'make check          lint, format and types'
 	@echo 'make bench          what is measured, beside a peer or a physical limit'
+	@echo 'make fuzz           what reads files, under a coverage-guided fuzzer (SECONDS_EACH=60, 13 targets)'
 	@echo 'make test-versions  also PyTorch 1.8.1, MindSpore 2.0.0 and a worker over ssh (large downloads)'
 	@echo 'make docs           write the generated pages again'
 	@echo 'make clean          remove every environment and cache that make made'
@@ -78,10 +79,17 @@ bench: setup
 	$(BIN)/python benchmarks/worker.py
 	$(BIN)/python benchmarks/judging.py
 	$(BIN)/python benchmarks/attending.py
+	$(BIN)/python benchmarks/transposing.py
+	$(BIN)/python benchmarks/converting.py
 
 docs: $(SETUP)
 	$(BIN)/python -m mhabridge.differences docs/api-mapping.md
 	$(BIN)/python -m mhabridge.support docs/support.md
+
+SECONDS_EACH ?= 60
+fuzz: setup
+	$(BIN)/python -c 'import atheris' 2>/dev/null || $(BIN)/python -m pip install -q atheris==3.0.0
+	$(BIN)/python tests/fuzz/readers.py --seconds $(SECONDS_EACH)
 
 test-versions: setup
 	$(BIN)/mhabridge backends install torch@1.8.1

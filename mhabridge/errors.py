@@ -11,6 +11,14 @@ from __future__ import annotations
 
 from typing import Any
 
+_LONGEST = 4000  # characters
+
+
+def _cut(text: str) -> str:
+    """A text without its middle when it is very long: a hostile file may have names of megabytes."""
+    half = _LONGEST // 2
+    return text if len(text) <= _LONGEST else f"{text[:half]} ... {text[-half:]}"
+
 
 class MHABridgeError(Exception):
     """Base of every error that mhabridge raises on purpose.
@@ -36,13 +44,14 @@ class MHABridgeError(Exception):
     def __str__(self) -> str:
         facts = []
         if self.given:
-            facts.append(f"given {self.given}")
+            facts.append(f"given {_cut(self.given)}")
         if self.expected:
-            facts.append(f"expected {self.expected}")
-        head = ": ".join(part for part in (self.subject, "; ".join(facts)) if part)
+            facts.append(f"expected {_cut(self.expected)}")
+        head = ": ".join(part for part in (_cut(self.subject), "; ".join(facts)) if part)
         if not self.advice:
             return head
-        return f"{head} {self.advice}" if head.endswith((".", "?", "!")) else f"{head}. {self.advice}"
+        advice = _cut(self.advice)
+        return f"{head} {advice}" if head.endswith((".", "?", "!")) else f"{head}. {advice}"
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _rebuild, (type(self).__name__, self.to_dict())

@@ -401,6 +401,7 @@ def test_build_convert_and_attend_in_older_versions(old_worker: Worker, kind: di
         np.testing.assert_allclose(output, known, rtol=0, atol=1e-5)
 
 
+@pytest.mark.frameworks
 def test_attend_refuses_a_forward_of_its_own() -> None:
     torch = pytest.importorskip("torch", reason="PyTorch is not importable here")
 
@@ -419,6 +420,7 @@ def test_attend_refuses_a_forward_of_its_own() -> None:
             use()
 
 
+@pytest.mark.frameworks
 def test_shared_projections_are_refused() -> None:
     torch = pytest.importorskip("torch", reason="PyTorch is not importable here")
     layer = torch.nn.MultiheadAttention(8, 2, kdim=4, vdim=4)

@@ -229,7 +229,7 @@ def test_every_rule_of_the_configuration_is_complete():
 def test_a_broken_configuration_is_not_passed_over(saved):
     with pytest.raises(mb.CheckpointError, match=r"config.json: given no JSON"):
         read_attention(saved(config="{"), "enc.0.attn")
-    with pytest.raises(mb.CheckpointError, match=r"config.json: given JSON that is nested too deep"):
+    with pytest.raises(mb.CheckpointError, match=r"config.json: given .*nested too deep"):
         read_attention(saved(config="[" * 200_000), "enc.0.attn", num_heads=2)
 
 

@@ -16,6 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mhabridge.checkpoint import emitting, torch_legacy, torch_zip, zip_writer, zips
+from mhabridge.checkpoint.formats import open_checkpoint
 from mhabridge.checkpoint.stored import StoredObject
 from mhabridge.checkpoint.writing import Outgoing, Sink, passed_through
 from mhabridge.errors import CheckpointError
@@ -587,3 +588,20 @@ def test_an_archive_of_other_things_is_not_ours(tmp_path):
     np.savez(tmp_path / "file.npz", a=np.ones(2))
     assert not torch_zip.is_ours(tmp_path / "file.npz")
     assert zlib.crc32(b"") == 0
+
+
+@pytest.mark.frameworks
+def test_a_trainer_s_checkpoint(tmp_path):
+    torch = pytest.importorskip("torch", reason="PyTorch is not installed here")
+    content = {
+        "state_dict": {"model.weight": torch.ones(2, 2)},
+        "optimizer_states": [{"state": {0: {"exp_avg": torch.zeros(2, 2)}}, "param_groups": []}],
+        "callbacks": {"ModelCheckpoint": {"best_model_score": torch.tensor(1.5)}},
+        "epoch": 3,
+    }
+    torch.save(content, tmp_path / "last.ckpt.pt")
+    for nested in (None, "state_dict", ("state_dict",)):
+        with open_checkpoint(tmp_path / "last.ckpt.pt", nested) as file:
+            assert list(file) == ["model.weight"]
+            assert file.nested == ("state_dict",)
+            assert {"optimizer_states", "callbacks", "epoch"} <= {entry.name for entry in file.objects}

@@ -63,7 +63,9 @@ def replacing_all(
     Raises:
         CheckpointError: as ``replacing``, or two paths are the same.
     """
-    targets = [_Target(Path(path), force) for path in paths]
+    targets = [_Target(Path(path), force) for path in reversed(paths)][
+        ::-1
+    ]  # an error names the one that was asked for
     if len({target.path for target in targets}) != len(targets):
         raise CheckpointError(
             ", ".join(target.path.name for target in targets), given="one target twice", expected="different ones"
@@ -116,10 +118,9 @@ class _Target:
             mode = self.path.lstat().st_mode
         except FileNotFoundError:
             return None
-        except OSError as error:
-            raise CheckpointError(
-                str(self.path), given=str(error.strerror), expected="a name that can be written"
-            ) from None
+        except (OSError, ValueError) as error:  # ValueError: NUL in the name
+            why = error.strerror if isinstance(error, OSError) else error
+            raise CheckpointError(str(self.path), given=str(why), expected="a name that can be written") from None
         if not stat.S_ISREG(mode):
             what = "a folder" if stat.S_ISDIR(mode) else "a link" if stat.S_ISLNK(mode) else "no regular file"
             advice = f"Name the file that it leads to: {self.path.resolve()}." if stat.S_ISLNK(mode) else ""

@@ -15,6 +15,7 @@ import numpy as np
 _ROWS = 128
 _COLUMNS = 4096
 _BYTES = 8 << 20  # of the scratch: when rows are so long that fewer have to do
+_TURNED = 512  # rows at a time; of more, each in pages of its own, the processor forgets the places (measured)
 _PADDING = 64  # bytes behind each row of the scratch: one cache line
 
 
@@ -45,8 +46,8 @@ def transpose_into(source: np.ndarray, out: np.ndarray, scratch: np.ndarray | No
 
 def turn_into(rows: np.ndarray, out: np.ndarray) -> None:
     """As ``transpose_into`` for rows that have a cache line between them already."""
-    for row in range(0, len(rows), _ROWS):
-        out[:, row : row + _ROWS] = rows[row : row + _ROWS].T
+    for row in range(0, len(rows), _TURNED):
+        out[:, row : row + _TURNED] = rows[row : row + _TURNED].T
 
 
 def contiguous(array: np.ndarray) -> np.ndarray:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import json
 import os
 import stat
 from collections.abc import Callable, Iterator, Sequence
@@ -13,7 +14,8 @@ from typing import Any
 from mhabridge.checkpoint.stored import StoredFile, StoredObject
 from mhabridge.errors import CheckpointError
 
-MOST_TENSORS = 1_000_000  # in one file: some ten times as many as the largest models have
+MOST_TENSORS = 250_000  # in one checkpoint: more than twice as many as the largest models have
+_MOST_COMMAS = 8 * MOST_TENSORS  # in a JSON text: seven for a tensor of three axes in a safetensors header
 _MOST_AXES = 64  # as NumPy 2; the product of many lengths could otherwise take any time
 _LONGEST = 2**62
 
@@ -28,9 +30,9 @@ def opened(path: Path) -> Iterator[int]:
     try:
         # A pipe without a writer would make a blocking open wait for ever.
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
-    except OSError as error:
+    except (OSError, ValueError) as error:  # ValueError: NUL in the path
         raise CheckpointError(
-            str(path), given=_found(path, error), expected="a checkpoint file", advice="Check the path."
+            str(path), given=_found(error), expected="a checkpoint file", advice="Check the path."
         ) from error
     try:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
@@ -41,12 +43,18 @@ def opened(path: Path) -> Iterator[int]:
                 advice="Check the path.",
             )
         yield descriptor
+    except OSError as error:
+        raise CheckpointError(
+            str(path), given=f"what cannot be read ({error.strerror})", expected="a checkpoint file"
+        ) from error
     finally:
         os.close(descriptor)
 
 
-def _found(path: Path, error: OSError) -> str:
-    return "nothing there" if isinstance(error, FileNotFoundError) else str(error.strerror)
+def _found(error: OSError | ValueError) -> str:
+    if isinstance(error, OSError):
+        return "nothing there" if isinstance(error, FileNotFoundError) else str(error.strerror)
+    return str(error)
 
 
 def damaged(path: Path, why: str, expected: str) -> CheckpointError:
@@ -62,6 +70,30 @@ def damaged(path: Path, why: str, expected: str) -> CheckpointError:
         expected=expected,
         advice="Copy or download it again.",
     )
+
+
+def json_of(text: bytes | str, **how: Any) -> Any:
+    """What a hostile JSON text says; its parts take a bounded amount of memory.
+
+    Args:
+        text: in UTF-8.
+        how: more arguments for ``json.loads``.
+
+    Raises:
+        ValueError: it is no JSON, nested too deep, or has too many parts.
+
+    Example:
+        >>> json_of(b"[" * 100_000)
+        Traceback (most recent call last):
+        ValueError: it is nested too deep
+    """
+    data = text.encode("utf-8", "surrogatepass") if isinstance(text, str) else text
+    if data.count(b",") > _MOST_COMMAS:
+        raise ValueError(f"more than {_MOST_COMMAS} values")
+    try:
+        return json.loads(data.decode("utf-8"), **how)
+    except RecursionError:
+        raise ValueError("it is nested too deep") from None
 
 
 def is_shape(lengths: Sequence[Any]) -> bool:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import zlib
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 from mhabridge.checkpoint.blocks import Scratch
@@ -13,7 +16,7 @@ from mhabridge.errors import CheckpointError
 if TYPE_CHECKING:
     from mhabridge.checkpoint.stored import StoredFile
 
-_PIECE = 128 * 1024
+_PIECE = 256 * 1024  # bytes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,6 +69,26 @@ def require(file: StoredFile, checksum: Checksum, scratch: Scratch | None = None
             expected=f"bytes whose CRC-32 is {checksum.stated:08x}",
             advice="The file is damaged: copy or download it again.",
         )
+
+
+@contextlib.contextmanager
+def compared_meanwhile(file: StoredFile) -> Iterator[Callable[[], None]]:
+    """Compare all checksums of a file in another thread, while the block runs.
+
+    Yields:
+        What waits until that is done, and raises CheckpointError when one is wrong.
+    """
+    pool, scratch = ThreadPoolExecutor(1), Scratch()
+    waiting = [pool.submit(require, file, checksum, scratch) for checksum in kept_by(file)]
+
+    def wait() -> None:
+        for one in waiting:
+            one.result()
+
+    try:
+        yield wait
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def require_all(file: StoredFile) -> None:

@@ -9,7 +9,9 @@ import numpy as np
 
 from mhabridge.checkpoint import transposing
 from mhabridge.checkpoint.blocks import Scratch
-from mhabridge.checkpoint.stored import CHUNK, StoredFile, StoredTensor, bytes_of
+from mhabridge.checkpoint.stored import StoredFile, StoredTensor, bytes_of
+
+_PIECE = 256 * 1024  # bytes of each side
 
 
 def same_bits(
@@ -37,10 +39,10 @@ def same_bits(
     if not other.plain:
         return _equal(bytes_of(mine.words(view)), bytes_of(theirs.words(other)))
     scratch = scratch or Scratch()
-    buffer, position = memoryview(bytearray(min(CHUNK, other.nbytes))), 0
+    buffer, position = memoryview(bytearray(min(_PIECE, other.nbytes))), 0
     for piece in _pieces(mine, view, scratch):
-        for start in range(0, len(piece), CHUNK):
-            part = piece[start : start + CHUNK]
+        for start in range(0, len(piece), _PIECE):
+            part = piece[start : start + _PIECE]
             theirs.fill(other, position + start, [buffer[: len(part)]])
             if not _equal(part, buffer[: len(part)]):
                 return False
@@ -56,9 +58,9 @@ def _pieces(file: StoredFile, view: StoredTensor, scratch: Scratch) -> Iterator[
     elif not view.plain:
         yield bytes_of(file.words(view))
     else:
-        buffer = scratch.take(min(CHUNK, view.nbytes)).data
-        for position in range(0, view.nbytes, CHUNK):
-            piece = buffer[: min(CHUNK, view.nbytes - position)]
+        buffer = scratch.take(min(_PIECE, view.nbytes)).data
+        for position in range(0, view.nbytes, _PIECE):
+            piece = buffer[: min(_PIECE, view.nbytes - position)]
             file.fill(view, position, [piece])
             yield piece
 

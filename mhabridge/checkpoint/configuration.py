@@ -12,7 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from mhabridge import mapping
+from mhabridge.checkpoint import checking
 from mhabridge.errors import ArgumentError, CheckpointError, UnsupportedError
+
+_LARGEST = 4 << 20  # bytes; most have a few kilobytes
 
 
 def read(checkpoint: Path) -> dict[str, Any]:
@@ -25,13 +28,15 @@ def read(checkpoint: Path) -> dict[str, Any]:
     if not file.is_file():
         return {}
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except RecursionError:
-        raise CheckpointError(
-            str(file), given="JSON that is nested too deep", expected="a model's configuration"
-        ) from None
+        with file.open("rb") as stream:
+            text = stream.read(_LARGEST + 1)
+        if len(text) > _LARGEST:
+            raise ValueError(f"more than {_LARGEST} bytes")
+        content = checking.json_of(text)
     except (ValueError, OSError) as error:
-        raise CheckpointError(str(file), given=f"no JSON ({error})", expected="a model's configuration") from error
+        raise CheckpointError(
+            str(file), given=f"no JSON ({error!s:.200})", expected="a model's configuration"
+        ) from error
     return content if isinstance(content, dict) else {}
 
 

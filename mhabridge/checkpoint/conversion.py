@@ -209,11 +209,14 @@ def _torn(plan: Plan, format: Format) -> list[str]:
         if one.tied is not None and one.nbytes:
             tied.setdefault((one.tied, one.dtype, one.nbytes), []).append(one.name)
     return [
-        f"{', '.join(names[:8])}{', ...' if len(names) > 8 else ''}: one tensor in the source; {format.name} keeps each "
-        "by itself"
+        f"{_few(names)}: one tensor in the source; {format.name} keeps each by itself"
         for names in tied.values()
         if len(names) > 1
     ]
+
+
+def _few(names: Sequence[str]) -> str:
+    return ", ".join([*names[:8], *["..."][: len(names) > 8]])
 
 
 def _many(patterns: Sequence[str]) -> tuple[str, ...]:

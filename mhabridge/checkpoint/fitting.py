@@ -46,7 +46,7 @@ class Fitting:
         wrong = misfit(
             {name: one.shape for name, one in self.made.items()},
             {name: slot.shape for name, slot in self.wanted.items()},
-            self.options.allow_missing,
+            self.options.may_be_missing,
         )
         mismatched = self._mismatched()
         errors = {**self._other_heads(), **self._torn()}
@@ -100,7 +100,7 @@ class Fitting:
 
     def _notes(self, wrong: Misfit) -> list[str]:
         notes = [*self.file.notes, *self.plan.notes]
-        notes += [f"{name}: kept as it was; allow_missing {pattern}" for name, pattern in wrong.allowed.items()]
+        notes += [f"{name}: kept as it was; {pattern} may be missing" for name, pattern in wrong.allowed.items()]
         notes += [f"{', '.join(entry.sources)}: {entry.rule}" for entry in self.plan.entries if entry.target is None]
         used = {name for entry in self.plan.entries for name in entry.sources}
         if self.options.prefix:

@@ -123,6 +123,7 @@ def open_checkpoint(
     if not isinstance(path, (str, os.PathLike)):
         raise ArgumentTypeError("path", given=repr(path), expected="a path: a string or a pathlib.Path")
     path = Path(path)
+    nested = (nested,) if isinstance(nested, str) else nested
     named, found = by_name(path), _by_content(path)
     chosen = found[0] if found else named
     if chosen is None:

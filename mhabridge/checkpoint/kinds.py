@@ -77,13 +77,29 @@ def decide(path: str, found: Sequence[Reading], dialect: str, wanted: Mapping[st
         choices = [one for one in choices + more if _fits(one, dialect, wanted)] or choices
     choices = _hinted(path, choices)
     different = {one.said(dialect): one for one in reversed(choices)}
-    unlikely = mapping.table("layouts")["unlikely"]["kinds"]
-    likely = {said: one for said, one in different.items() if one.reading.kind not in unlikely} or different
+    likely = {said: one for said, one in different.items() if not _unlikely(one.reading)} or different
     if len(likely) > 1:
         raise _undecided(path, likely)
     said, choice = next(iter(likely.items()))
-    others = tuple(one.reading.kind for text, one in different.items() if text != said)
-    return dataclasses.replace(choice, others=others)
+    others = [one.reading.kind for text, one in different.items() if text != said]
+    return dataclasses.replace(choice, others=tuple(dict.fromkeys(others + _in_groups(choice, found, dialect))))
+
+
+def _unlikely(reading: Reading) -> bool:
+    declared = mapping.table("layouts")["unlikely"]
+    one = reading.kind in declared["kinds_of_one"] and reading.sizes.get("K") == 1
+    return one or reading.kind in declared["kinds"]
+
+
+def _in_groups(choice: Choice, found: Sequence[Reading], dialect: str) -> list[str]:
+    """The kinds that this convolution would be in groups, which no shape tells, where these are written differently."""
+    return [
+        reading.kind
+        for reading in found
+        if reading.kind == f"grouped_{choice.reading.kind}" and reading.kind in kinds_of(dialect)
+        for groups in reading.possible_groups()[:1]
+        if Choice(reading, groups).said(dialect) != choice.said(dialect)
+    ]
 
 
 def _possible(path: str, found: Sequence[Reading], dialect: str) -> list[Choice]:

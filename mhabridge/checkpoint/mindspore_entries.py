@@ -23,6 +23,7 @@ TYPES = {
 SAVED_ONLY = {"Complex64": "complex64", "Complex128": "complex128"}
 
 _LONGEST_NAME = 64 * 1024
+_MOST_NOTES = 20
 _VARINT, _EIGHT_BYTES, _BYTES, _FOUR_BYTES = 0, 1, 2, 5
 
 
@@ -144,7 +145,8 @@ class _Message:
     def pass_over(self, message: str, number: int, wire: int, value: int) -> None:
         if wire == _BYTES:
             self.stream.skip(value)
-        self.notes[f"Field {number} of {message} is not known here, and was passed over."] = None
+        if len(self.notes) < _MOST_NOTES:
+            self.notes[f"Field {number} of {message} is not known here, and was passed over."] = None
 
     def _tensor(self, end: int) -> tuple[tuple[int, ...], str, int, int]:
         dims: list[int] = []

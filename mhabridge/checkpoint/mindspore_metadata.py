@@ -47,4 +47,6 @@ def checksums(tensors: Iterable[StoredTensor], metadata: Mapping[str, str]) -> t
     parts: list[Extent | bytes] = []
     for tensor in sorted(tensors, key=lambda tensor: tensor.name):
         parts += [tensor.name.encode(), *tensor.extents]
-    return (Checksum("", tuple(parts), int(stated) if stated.isdecimal() else -1),)  # no content has -1
+    return (
+        Checksum("", tuple(parts), int(stated) if stated.isdecimal() and len(stated) <= 10 else -1),
+    )  # no content has -1

@@ -140,6 +140,19 @@ def _read(name: str, kind: Kind, tensors: Mapping[str, Shape]) -> Reading | None
 
 
 @functools.lru_cache(maxsize=None)  # noqa: UP033
+def not_everywhere(dialect: str) -> tuple[str, ...]:
+    """Patterns of a framework's tensors that are optional, and that another framework does not have at all.
+
+    Example:
+        >>> not_everywhere("torch")
+        ('*num_batches_tracked',)
+    """
+    everywhere = [{part.part for kind in kinds_of(other).values() for part in kind.parts} for other in DIALECTS]
+    optional = [part for kind in kinds_of(dialect).values() for part in kind.parts if part.optional]
+    return tuple(dict.fromkeys(f"*{p.name}" for p in optional if any(p.part not in known for known in everywhere)))
+
+
+@functools.lru_cache(maxsize=None)  # noqa: UP033
 def kinds_of(dialect: str) -> dict[str, Kind]:
     """The kinds of layer of a framework, by name; mindspore.mint's are PyTorch's."""
     framework = {"mindspore.mint": "torch"}.get(dialect, dialect)

@@ -19,7 +19,8 @@ from mhabridge.errors import CheckpointError
 
 # Under one of these keys lies a state dict even if there are tensors beside it (a random generator's state, say).
 USUAL_KEYS = ("state_dict", "model_state_dict", "model", "module", "params", "net", "network", "weights", "ema")
-_NOT_MODELS = ("optim", "sched", "scaler")  # parts of keys under which the tensors are no parameters
+# Parts of keys under which the tensors are no parameters, as optimizers and Lightning's callbacks have them.
+_NOT_MODELS = ("optim", "sched", "scaler", "callback", "loops", "metric", "hparam", "hyper_param", "rng")
 MAX_ENTRIES = MAX_OPCODES // 10  # a tensor or an object that is in the file once takes at least so many operations
 _ONLY_TENSOR = "tensor"  # the name of a tensor that is the whole file
 

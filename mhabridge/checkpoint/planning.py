@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mhabridge import layouts, mapping
-from mhabridge.checkpoint import completeness, renaming, sidecar
+from mhabridge.checkpoint import completeness, modules, renaming, sidecar
 from mhabridge.checkpoint.drafts import Check as Check
 from mhabridge.checkpoint.drafts import Draft, Shape
 from mhabridge.checkpoint.drafts import Entry as Entry
@@ -58,6 +58,12 @@ class Options:
     exact: bool = True
     prefix: str = ""
 
+    @property
+    def may_be_missing(self) -> tuple[str, ...]:
+        """Patterns of the target's names that may stay without a value: also of what some frameworks do not have."""
+        known = () if self.to is None else modules.not_everywhere(dialect(self.to).name)
+        return (*self.allow_missing, *known)
+
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
@@ -102,7 +108,7 @@ def make(file: StoredFile, options: Options) -> Plan:
     completeness.require_used(draft)
     found = completeness.require_once(draft.filled())
     if options.names_of is not None and options.exact:
-        _require_fits(draft, found, options.names_of, options.allow_missing)
+        _require_fits(draft, found, options.names_of, options.may_be_missing)
     return Plan(
         tuple(draft.entries),
         tuple(draft.in_order()),
@@ -152,9 +158,11 @@ def _translate(draft: Draft, options: Options, to: Dialect) -> tuple[list[Block]
 
 def _layout_at(prefix: str, to: Dialect, wanted: Mapping[str, Shape] | None) -> str:
     """The layout of an attention layer in the target: the framework's own, unless its names say another."""
+    if not wanted:
+        return to.attention_layout
     try:
-        found = layouts.recognise(wanted or {}, prefix).layout
-    except MHABridgeError:  # no names, or none of a layout: those that the framework's own has will be missing
+        found = layouts.recognise(wanted, prefix).layout
+    except MHABridgeError:  # none of a layout: those that the framework's own has will be missing
         return to.attention_layout
     return to.attention_layout if found in mapping.FRAMEWORKS else found
 
@@ -165,7 +173,7 @@ def _require_fits(
     misfit = completeness.misfit(found, wanted, allow_missing)
     completeness.require_fits(misfit)
     for name, pattern in misfit.allowed.items():
-        draft.notes.append(f"{name}: not in the source; allowed by --allow-missing {pattern}")
+        draft.notes.append(f"{name}: not in the source; allowed by {pattern}")
 
 
 def require_inert_allowed(file: StoredFile, ignore_objects: bool) -> list[str]:

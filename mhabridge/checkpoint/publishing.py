@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from mhabridge.checkpoint import atomic, sharded, sidecar, verifying
+from mhabridge.checkpoint import atomic, checksums, sharded, sidecar, verifying
 from mhabridge.checkpoint.formats import Format, open_checkpoint
 from mhabridge.checkpoint.planning import Plan
 from mhabridge.checkpoint.stored import StoredFile, StoredObject
@@ -55,14 +56,16 @@ class Job:
             What is wrong with the result, which then was not published; None when nothing is.
 
         Raises:
-            CheckpointError: the target cannot be written.
+            CheckpointError: the target cannot be written, or a checksum that the source keeps is wrong.
         """
         self._done, self._total = 0, sum(one.nbytes for one in self.plan.outgoing)
+        summed = checksums.compared_meanwhile(self.file) if self.verify else contextlib.nullcontext(lambda: None)
         try:
-            if self.format.name == sharded.NAME:
-                self._run_sharded()
-            else:
-                self._run_single()
+            with summed as self._require_sums:
+                if self.format.name == sharded.NAME:
+                    self._run_sharded()
+                else:
+                    self._run_single()
         except _Wrong as wrong:
             return str(wrong)
         return None
@@ -88,7 +91,7 @@ class Job:
         One that is there already speaks of the old target: it must not stay.
         """
         path = sidecar.path_beside(self.target)
-        needed = not self._has_metadata and (self.plan.specs is not None or path.exists())
+        needed = not self._has_metadata and (self.plan.specs is not None or os.path.lexists(path))
         return [path] if needed else [], self.plan.specs or sidecar.Specs(framework=self.framework).dumped()
 
     def _run_sharded(self) -> None:
@@ -105,7 +108,7 @@ class Job:
         )
 
     def _require_right(self, descriptors: Sequence[int]) -> None:
-        """Read back what has no name yet."""
+        """Read back what has no name yet, and see what the source's own checksums say."""
         if not self.verify:
             return
         with contextlib.ExitStack() as stack:
@@ -113,10 +116,9 @@ class Job:
             try:
                 written = [stack.enter_context(open_checkpoint(path, self.file.nested)) for path in paths]
                 wrong = verifying.fault(self.file, written, self.plan.outgoing, self.plan.checks, self.objects)
-            except verifying.DamagedSource as damage:
-                raise damage.error from None
             except CheckpointError as error:
                 raise _Wrong(f"it cannot be read back: {error}") from error
+        self._require_sums()
         if wrong is not None:
             raise _Wrong(wrong)
 

@@ -23,6 +23,7 @@ from mhabridge.checkpoint.stored import StoredFile, StoredObject
 from mhabridge.checkpoint.writing import Outgoing, Sink
 
 NAME = "safetensors"
+_DEEPEST = 100  # lists and dicts in each other; pickles are read to 60
 OBJECTS = "mhabridge.objects"  # the key of the metadata under which entries that are no tensors are kept, as JSON
 
 
@@ -111,12 +112,21 @@ def _objects(path: Path, metadata: dict[str, str]) -> tuple[StoredObject, ...]:
     if text is None:
         return ()
     try:
-        found = json.loads(text, object_pairs_hook=safetensors_header.unique)
-    except (ValueError, RecursionError) as error:
+        found = checking.json_of(text, object_pairs_hook=safetensors_header.unique)
+    except ValueError as error:
         raise damaged(path, f"{OBJECTS} is no JSON: {error}") from None
-    if not isinstance(found, dict):
-        raise damaged(path, f"{OBJECTS} is no JSON object")
+    if not isinstance(found, dict) or not _is_plain(found, 0):
+        raise damaged(path, f"{OBJECTS} is no JSON object of texts and numbers, at most {_DEEPEST} levels deep")
     return tuple(StoredObject(name, _text(value), value) for name, value in found.items())
+
+
+def _is_plain(value: Any, depth: int) -> bool:
+    """Whether other formats can hold it too: not nested deep, and no half of a surrogate pair, which JSON can hold."""
+    if isinstance(value, dict):
+        return depth < _DEEPEST and all(_is_plain(part, depth + 1) for pair in value.items() for part in pair)
+    if isinstance(value, list):
+        return depth < _DEEPEST and all(_is_plain(part, depth + 1) for part in value)
+    return not isinstance(value, str) or safetensors_header.is_text(value)
 
 
 def _text(value: Any) -> str:

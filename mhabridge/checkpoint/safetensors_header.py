@@ -134,9 +134,7 @@ def _parsed(path: Path, descriptor: int, size: int) -> tuple[dict[str, Any], int
         raise damaged(path, f"a header of {length} bytes in a file of {size}")
     text = os.pread(descriptor, length, 8)
     try:
-        header = json.loads(text.decode("utf-8"), object_pairs_hook=unique, parse_int=_short)
-    except RecursionError:
-        raise damaged(path, "the header is nested too deep") from None
+        header = checking.json_of(text, object_pairs_hook=unique, parse_int=_short)
     except ValueError as error:
         raise damaged(path, f"the header is no JSON: {error}") from None
     if not isinstance(header, dict) or text[:1] != b"{":
@@ -158,7 +156,17 @@ def _metadata(path: Path, found: Any) -> dict[str, str]:
         return {}
     if not isinstance(found, dict) or not all(isinstance(value, str) for value in found.values()):
         raise damaged(path, f"{METADATA} does not map strings to strings")
+    if not is_text("".join((*found, *found.values()))):
+        raise damaged(path, f"{METADATA} is no text")
     return found
+
+
+def is_text(given: str) -> bool:
+    """Whether there is no half of a surrogate pair in it, which JSON can hold and no file."""
+    try:
+        return bool(given.isascii() or given.encode("utf-8"))
+    except UnicodeError:
+        return False
 
 
 def _tensor(path: Path, name: str, entry: Any, start: int, metadata: Mapping[str, str]) -> StoredTensor:
@@ -177,11 +185,8 @@ def _tensor(path: Path, name: str, entry: Any, start: int, metadata: Mapping[str
 
 
 def _dtype(path: Path, name: str, code: Any, metadata: Mapping[str, str]) -> str:
-    if not name.isprintable():
-        try:
-            name.encode("utf-8")
-        except UnicodeError:
-            raise damaged(path, f"the name {name!r} is no text") from None
+    if not is_text(name):
+        raise damaged(path, f"the name {name!r} is no text")
     if code in _SUB_BYTE or mindspore_metadata.is_packed(name, metadata):
         raise CheckpointError(
             f"{path}: {name}",

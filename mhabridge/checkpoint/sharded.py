@@ -22,7 +22,7 @@ from mhabridge.errors import CheckpointError
 
 NAME = "sharded"
 ENDING = ".index.json"
-_LONGEST_INDEX = 100_000_000  # bytes
+_LONGEST_INDEX = 32_000_000  # bytes
 _MOST_SHARDS = 10_000
 
 
@@ -141,6 +141,8 @@ class _Merged:
         self.checksums: list[Checksum] = []
 
     def add(self, shard: StoredFile) -> None:
+        if len(self.tensors) + len(shard) > checking.MOST_TENSORS:
+            raise damaged(self.path, f"more than {checking.MOST_TENSORS} tensors")
         self.tensors += (self._moved(tensor) for tensor in shard.values())
         for kept in shard.checksums:
             parts = tuple(part if isinstance(part, bytes) else self._moved_extent(part) for part in kept.parts)
@@ -183,9 +185,7 @@ def _content(path: Path) -> dict[str, Any]:
         size = os.fstat(descriptor).st_size
         text = os.pread(descriptor, min(size, _LONGEST_INDEX), 0)
     try:
-        content = json.loads(text.decode("utf-8"), object_pairs_hook=unique)
-    except RecursionError:
-        raise damaged(path, "it is nested too deep") from None
+        content = checking.json_of(text, object_pairs_hook=unique)
     except ValueError as error:
         raise damaged(path, f"it is no JSON: {error}") from None
     found = content.get("weight_map") if isinstance(content, dict) else None

@@ -8,19 +8,20 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from mhabridge import mapping, packing
-from mhabridge.checkpoint import modules
+from mhabridge.checkpoint import checking, modules
 from mhabridge.checkpoint.stored import StoredFile
 from mhabridge.errors import ArgumentTypeError, CheckpointError, MHABridgeError
 from mhabridge.spec import MHASpec
 
 KEY = "mhabridge"
 _VERSION = 1
-_LARGEST = 64 << 20  # bytes; thousands of layers take far less
+_LARGEST = 16 << 20  # bytes; thousands of layers take far less
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,15 +117,17 @@ def _read(file: StoredFile) -> Specs:
     beside = path_beside(file.path)
     if text is None and beside.is_file():
         where = str(beside)
-        if beside.stat().st_size > _LARGEST:
-            raise CheckpointError(where, given=f"{beside.stat().st_size} bytes", expected="a few kilobytes")
-        text = beside.read_text(encoding="utf-8", errors="replace")
+        with checking.opened(beside) as descriptor:
+            size = os.fstat(descriptor).st_size
+            if size > _LARGEST:
+                raise CheckpointError(where, given=f"{size} bytes", expected="a few kilobytes")
+            text = os.pread(descriptor, size, 0).decode("utf-8", "replace")
     return Specs() if text is None else _parsed(text, where)
 
 
 def _parsed(text: str, where: str) -> Specs:
     try:
-        content = json.loads(text)
+        content = checking.json_of(text)
         if content["mhabridge"] != _VERSION:
             raise ValueError(f"version {content['mhabridge']}")
         framework, kinds = content["framework"], content["kinds"]
@@ -134,10 +137,10 @@ def _parsed(text: str, where: str) -> Specs:
             raise ValueError("a kind that is no string")
         layers = {prefix: _checked(fields) for prefix, fields in content["attention"].items()}
         return Specs(layers, {}, framework, kinds, where)
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError, MHABridgeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, MHABridgeError) as error:
         raise CheckpointError(
             where,
-            given=f"what mhabridge does not write there ({type(error).__name__}: {error})",
+            given=f"what mhabridge does not write there ({type(error).__name__}: {error!s:.200})",
             expected="the specs of the file's attention layers",
             advice="Take it away, and give what is not known with --spec, --num-heads and --kind.",
         ) from error

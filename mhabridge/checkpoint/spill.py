@@ -71,6 +71,13 @@ class Spill:
                 expected="one byte in each character",
                 advice="The file is damaged: copy or download it again.",
             ) from error
+        except OSError as error:
+            raise CheckpointError(
+                str(self._path),
+                given=f"an array that cannot be written out ({error.strerror})",
+                expected=f"room for it in {tempfile.gettempdir()}",
+                advice="Free some space, or name another folder in TMPDIR.",
+            ) from error
         return Extent(self._number, start, self._size - start)
 
     def _pieces(self, text: str | Slice) -> Iterator[str]:

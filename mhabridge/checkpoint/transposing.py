@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 
@@ -16,14 +15,16 @@ from mhabridge.checkpoint.writing import Outgoing, Sink, passed_through
 _SHEET_BYTES = (
     128 << 20
 )  # in memory at a time: of a larger matrix some columns are read after the others, which is slow
-_PANEL_BYTES = 1 << 20  # of what is turned at a time; it has to stay in the second-level cache
-_PANEL_ROW = 256  # bytes of each row of the source in a panel: a few cache lines, read whole
+_PANEL_BYTES = 2 << 20  # of what is turned at a time
+_PANEL_ROW = 512  # bytes of each row of the source in a panel: a few cache lines, read whole
+_SHORT_ROW = 8 << 10  # bytes
+_LINES = 128  # longer rows that are read at a time
 
 
 def transposed(file: StoredFile, tensor: StoredTensor, name: str) -> Outgoing:
     """A matrix (R, C) of a file that is written as (C, R).
 
-    In memory at a time are the matrix, but never more than 128 MiB of it, and a panel of 1 MiB; unless its rows do not
+    In memory at a time are the matrix, but never more than 128 MiB of it, and a panel of 2 MiB; unless its rows do not
     lie in the file as they are: then it is read whole.
 
     Raises:
@@ -101,21 +102,27 @@ def _divided(scratch: Scratch, sizes: tuple[int, ...]) -> Iterator[np.ndarray]:
     return (memory[start : start + size] for start, size in zip(starts, sizes, strict=False))
 
 
-def _read_columns(
-    file: StoredFile, tensor: StoredTensor, first: int, sheet: np.ndarray[Any, Any], buffer: np.ndarray
-) -> None:
+def _read_columns(file: StoredFile, tensor: StoredTensor, first: int, sheet: np.ndarray, buffer: np.ndarray) -> None:
     """Fill the sheet's rows with the columns from ``first`` on."""
     count, width = sheet.shape
     stride, item = (tensor.strides or tensor.shape[1:])[0], tensor.item_size
     span = (tensor.shape[0] - 1) * stride + tensor.shape[1]
     lying = dataclasses.replace(tensor, shape=(span,), strides=None)
-    if width == stride and width * item <= len(buffer):  # many rows at a time: a call costs as much as a short row
-        step = len(buffer) // (width * item)
-        for row in range(0, count, step):
-            rows = buffer[: min(step, count - row) * width * item]
-            file.fill(lying, row * width * item, [rows.data])
-            sheet[row : row + step] = rows.view(sheet.dtype).reshape(-1, width)
+    if width == stride and width * item <= _SHORT_ROW:
+        _read_short_rows(file, lying, sheet, buffer)
         return
-    for row in range(count):
-        line = memoryview(sheet[row].view(np.uint8))
-        file.fill(lying, (row * stride + first) * item, [line])
+    step = _LINES if width == stride else 1
+    for row in range(0, count, step):
+        lines = [memoryview(line.view(np.uint8)) for line in sheet[row : row + step]]
+        file.fill(lying, (row * stride + first) * item, lines)
+
+
+def _read_short_rows(file: StoredFile, lying: StoredTensor, sheet: np.ndarray, buffer: np.ndarray) -> None:
+    """Many rows into one buffer, and from there to the sheet: a call for each would take longer than copying it."""
+    count, width = sheet.shape
+    row_bytes = width * lying.item_size
+    step = len(buffer) // row_bytes
+    for row in range(0, count, step):
+        rows = buffer[: min(step, count - row) * row_bytes]
+        file.fill(lying, row * row_bytes, [rows.data])
+        sheet[row : row + step] = rows.view(sheet.dtype).reshape(-1, width)

@@ -1,34 +1,15 @@
-"""Whether a target, read back and mapped back, has the source's bits in every tensor, and the source its checksums."""
+"""Whether a target, read back and mapped back, has the source's bits in every tensor."""
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 
-from mhabridge.checkpoint import checksums
 from mhabridge.checkpoint.blocks import Scratch
-from mhabridge.checkpoint.checksums import Checksum
 from mhabridge.checkpoint.comparing import all_zero, same_bits
 from mhabridge.checkpoint.drafts import Check
 from mhabridge.checkpoint.scalars import as_tensor
 from mhabridge.checkpoint.stored import StoredFile, StoredObject
 from mhabridge.checkpoint.writing import Outgoing
-from mhabridge.errors import CheckpointError
-
-_AT_ONCE = 2  # threads; memory grows with them
-
-
-class DamagedSource(Exception):
-    """The source is not what it should be.
-
-    Args:
-        error: what is wrong with it.
-    """
-
-    def __init__(self, error: CheckpointError) -> None:
-        super().__init__(str(error))
-        self.error = error
 
 
 def fault(
@@ -49,7 +30,6 @@ def fault(
 
     Raises:
         CheckpointError: a file cannot be read.
-        DamagedSource: a checksum that the source keeps of its content is wrong.
     """
     holders = {name: file for file in written for name in file}
     if sum(map(len, written)) != len(holders):
@@ -67,31 +47,9 @@ def fault(
     lost = [entry.name for entry in objects if kept.get(entry.name) != repr(entry.value)]
     if lost:
         return f"{', '.join(lost[:8])}: missing, or another value"
-    return _first_fault(source, holders, checks)
-
-
-def _first_fault(source: StoredFile, holders: Mapping[str, StoredFile], checks: Sequence[Check]) -> str | None:
-    """Several tensors at a time: reading, comparing and summing up leave the interpreter to others."""
-    own = threading.local()
-
-    def fault_of(job: Check | Checksum) -> str | None:
-        scratch = own.__dict__.setdefault("scratch", Scratch())
-        if isinstance(job, Check):
-            right = _holds(source, holders, job, scratch)
-            return None if right else f"{job.target}: other numbers than the source's"
-        try:
-            checksums.require(source, job, scratch)
-        except CheckpointError as error:
-            raise DamagedSource(error) from error
-        return None
-
-    pool = ThreadPoolExecutor(_AT_ONCE)
-    try:
-        jobs: list[Check | Checksum] = [*checks, *checksums.kept_by(source)]
-        waiting = [pool.submit(fault_of, job) for job in jobs]
-        return next((found for one in waiting if (found := one.result())), None)
-    finally:
-        pool.shutdown(cancel_futures=True)
+    scratch = Scratch()
+    wrong = (one.target for one in checks if not _holds(source, holders, one, scratch))
+    return next((f"{name}: other numbers than the source's" for name in wrong), None)
 
 
 def _holds(source: StoredFile, holders: Mapping[str, StoredFile], check: Check, scratch: Scratch) -> bool:
