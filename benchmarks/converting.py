@@ -197,7 +197,7 @@ def inspecting(bench: Bench) -> None:
         )
 
 
-def shards(bench: Bench) -> None:
+def several(bench: Bench) -> None:
     """Four files of a quarter each, as ``mhabridge convert a b c d folder`` takes them: two at a time."""
     heading(
         "four files, two at a time, beside one after another",
@@ -206,19 +206,18 @@ def shards(bench: Bench) -> None:
     bench.keep_only()
     quarter = Bench(bench.folder, bench.gigabytes / 4, bench.pairs)
     files = [str(quarter.source(f"e1024-{number}.pt")) for number in range(4)]
-    folder = bench.folder / "several"
-    rows = []
-    for _ in range(bench.pairs + 1):
-        row = []
-        for at_once in (1, 2):
-            folder.mkdir()
-            row.append(bench.job("convert_several", files, str(folder), "megengine", HEADS, at_once)["seconds"])
-            shutil.rmtree(folder)
-        rows.append(row)
-    alone, together = ([row[which] for row in rows[1:]] for which in (0, 1))
-    median, shortest = ratios(alone, together)
-    met = bench.verdict(max(median, shortest) >= 1.6)
-    print(f"{'e1024.pt -> .pkl':<33} {min(together):>6.2f} {median:>9.2f} {shortest:>5.2f} {1.6:>5} {met}", flush=True)
+    for ending, to in (("safetensors", "mindspore"), ("pkl", "megengine")):
+        rows = [[at_once_seconds(bench, files, to, ending, count) for count in (1, 2)] for _ in range(bench.pairs + 1)]
+        alone, together = ([row[which] for row in rows[1:]] for which in (0, 1))
+        median, shortest = ratios(alone, together)
+        met = bench.verdict(max(median, shortest) >= 1.6)
+        title = f"e1024.pt -> .{ending}"
+        print(f"{title:<33} {min(together):>6.2f} {median:>9.2f} {shortest:>5.2f} {1.6:>5} {met}", flush=True)
+
+
+def at_once_seconds(bench: Bench, files: list[str], to: str, ending: str, count: int) -> float:
+    with tempfile.TemporaryDirectory(dir=bench.folder) as folder:
+        return float(bench.job("convert_several", files, folder, to, ending, count)["seconds"])
 
 
 def sizes(bench: Bench, most: float) -> None:
@@ -308,7 +307,7 @@ def main() -> int:
         print(f"checkpoints of {given.gigabytes} GiB, {given.pairs} pairs; load before: {os.getloadavg()[0]:.1f}")
         against_cp(bench)
         inspecting(bench)
-        shards(bench)
+        several(bench)
         sizes(bench, given.most_gigabytes)
         if not given.no_peers:
             peers(bench)
