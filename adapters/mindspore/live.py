@@ -51,7 +51,7 @@ def attend(
         notes.append(f"composed: {reason}")
         return live.attend(OPS, spec, named_tensors(layer), inputs, key_padding_mask, attn_mask, options)
     if empty:
-        _check_masks(key_padding_mask, attn_mask, sizes)
+        live.placed(OPS, sizes, key_padding_mask, attn_mask)  # raises for masks of a wrong shape
     notes.append("native: mindspore.nn.MultiheadAttention")
     return _attend_native(layer, inputs, options)
 
@@ -108,8 +108,3 @@ def _attend_native(layer: Any, inputs: tuple[Any, Any, Any], options: Options) -
     finally:
         layer.q_is_k = layer.k_is_v = False  # what a compiler finds; with both False the cell is right for any tensors
     return answer[0], answer[1] if options.need_weights else None
-
-
-def _check_masks(key_padding_mask: Any, attn_mask: Any, sizes: masks.Sizes) -> None:
-    """Masks that have nothing to mask."""
-    live.placed(OPS, sizes, key_padding_mask, attn_mask)

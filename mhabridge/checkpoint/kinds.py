@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 
 from mhabridge import mapping
-from mhabridge.checkpoint.modules import DIALECTS, Reading, Shape, kinds_of
+from mhabridge.checkpoint.modules import Reading, Shape, kinds_of, of_framework
 from mhabridge.errors import ArgumentError, CheckpointError, UnsupportedError
 
 
@@ -126,7 +126,7 @@ def fitting_dialect(found: Sequence[Reading], dialect: str, wanted: Mapping[str,
         dialect: the target's.
         wanted: the target's real names and shapes in this layer, when they are known.
     """
-    beside = [dialect, *(other for other in DIALECTS if other.partition(".")[0] == dialect.partition(".")[0])]
+    beside = (dialect, *of_framework(dialect.partition(".")[0]))
     choices = [(one, Choice(reading)) for one in beside for reading in found if reading.kind in kinds_of(one)]
     return next((one for one, choice in choices if wanted and _fits(choice, one, wanted)), dialect)
 

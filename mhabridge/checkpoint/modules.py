@@ -15,8 +15,6 @@ from mhabridge.errors import ArgumentError
 
 Shape = tuple[int, ...]
 
-DIALECTS = (*mapping.FRAMEWORKS, "mindspore.mint")
-
 
 @dataclasses.dataclass(frozen=True)
 class Part:
@@ -98,12 +96,12 @@ class Reading:
         return sizes
 
 
-def readings(tensors: Mapping[str, Shape], dialects: str | Iterable[str] = DIALECTS) -> list[Reading]:
+def readings(tensors: Mapping[str, Shape], dialects: str | Iterable[str] | None = None) -> list[Reading]:
     """All ways to understand one layer's own tensors, names without what goes before them.
 
     Args:
         tensors: the shape of each, by name.
-        dialects: the frameworks that the file may be from.
+        dialects: the frameworks that the file may be from; None for all.
 
     Example:
         >>> [reading.kind for reading in readings({"weight": (4, 3)}, "torch")]
@@ -112,7 +110,7 @@ def readings(tensors: Mapping[str, Shape], dialects: str | Iterable[str] = DIALE
         ['norm']
     """
     found: list[Reading] = []
-    for dialect in (dialects,) if isinstance(dialects, str) else dialects:
+    for dialect in (dialects,) if isinstance(dialects, str) else dialects or known_dialects():
         for name, kind in kinds_of(dialect).items():
             reading = _read(name, kind, tensors)
             if reading is not None and reading not in found:
@@ -147,15 +145,38 @@ def not_everywhere(dialect: str) -> tuple[str, ...]:
         >>> not_everywhere("torch")
         ('*num_batches_tracked',)
     """
-    everywhere = [{part.part for kind in kinds_of(other).values() for part in kind.parts} for other in DIALECTS]
+    everywhere = [{part.part for kind in kinds_of(other).values() for part in kind.parts} for other in known_dialects()]
     optional = [part for kind in kinds_of(dialect).values() for part in kind.parts if part.optional]
     return tuple(dict.fromkeys(f"*{p.name}" for p in optional if any(p.part not in known for known in everywhere)))
 
 
 @functools.lru_cache(maxsize=None)  # noqa: UP033
+def known_dialects() -> dict[str, str]:
+    """Every way to name layers, with the framework whose table has it.
+
+    Example:
+        >>> known_dialects()["mindspore.mint"]
+        'torch'
+    """
+    found = {framework: framework for framework in mapping.FRAMEWORKS}
+    for framework in mapping.FRAMEWORKS:
+        found.update(mapping.table(framework)["framework"]["checkpoints"].get("others", {}))
+    return found
+
+
+def of_framework(framework: str) -> tuple[str, ...]:
+    """The ways in which one framework names layers; a file may have several, and does not say which.
+
+    Example:
+        >>> of_framework("mindspore")
+        ('mindspore', 'mindspore.mint')
+    """
+    return tuple(name for name in known_dialects() if name.partition(".")[0] == framework)
+
+
+@functools.lru_cache(maxsize=None)  # noqa: UP033
 def kinds_of(dialect: str) -> dict[str, Kind]:
-    """The kinds of layer of a framework, by name; mindspore.mint's are PyTorch's."""
-    framework = {"mindspore.mint": "torch"}.get(dialect, dialect)
+    """The kinds of layer of a framework, by name."""
     return {
         entry["kind"]: Kind(
             tuple(
@@ -164,5 +185,5 @@ def kinds_of(dialect: str) -> dict[str, Kind]:
             ),
             entry.get("smallest", 0),
         )
-        for entry in mapping.table(framework)["modules"]
+        for entry in mapping.table(known_dialects()[dialect])["modules"]
     }

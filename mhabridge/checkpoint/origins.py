@@ -3,18 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 from mhabridge import mapping
 from mhabridge.checkpoint import modules, sidecar
 from mhabridge.checkpoint.stored import StoredFile
 from mhabridge.errors import ArgumentError
-
-_BY_FORMAT = {"torch": "torch", "torch-legacy": "torch", "mindspore-ckpt": "mindspore", "megengine": "megengine"}
-_BY_METADATA = {"pt": "torch", "ms": "mindspore"}  # how these frameworks' tools mark safetensors files
-_BY_LEAF = {
-    **dict.fromkeys(("gamma", "beta", "embedding_table", "moving_mean", "moving_variance"), "mindspore"),
-    "io_weight_bias": "megengine",
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,7 +16,7 @@ class Dialect:
     """A framework's names and shapes, perhaps in one version.
 
     Args:
-        name: one of ``modules.DIALECTS``, such as "mindspore.mint".
+        name: one of ``modules.known_dialects``, such as "mindspore.mint".
         version: None for the newest that the tables know.
     """
 
@@ -50,8 +44,8 @@ def dialect(name: str, option: str = "to") -> Dialect:
         ArgumentError: no framework that is known.
     """
     base, version = mapping.parse_name(name)
-    if base not in modules.DIALECTS:
-        raise ArgumentError(option, given=repr(name), expected="one of " + ", ".join(modules.DIALECTS))
+    if base not in modules.known_dialects():
+        raise ArgumentError(option, given=repr(name), expected="one of " + ", ".join(modules.known_dialects()))
     return Dialect(base, version)
 
 
@@ -64,14 +58,28 @@ def source_dialects(file: StoredFile, specs: sidecar.Specs, said: str | None = N
     if said is not None:
         return (dialect(said, "source").name,)
     found = _framework_of(file, specs)
-    if found == "mindspore":
-        return ("mindspore", "mindspore.mint")  # a file may hold both, and does not say which
-    return (found,) if found else mapping.FRAMEWORKS
+    return modules.of_framework(found) if found else mapping.FRAMEWORKS
+
+
+def mark_of(framework: str) -> str | None:
+    """How a framework's tools mark their safetensors files."""
+    mark: str | None = _declared(framework).get("mark")
+    return mark
 
 
 def _framework_of(file: StoredFile, specs: sidecar.Specs) -> str | None:
     if specs.framework is not None:
         return dialect(specs.framework).framework
-    known = _BY_FORMAT.get(file.format) or _BY_METADATA.get(file.metadata.get("format", ""))
-    by_leaf = (_BY_LEAF.get(name.rpartition(".")[2]) for name in file)
-    return known or next((name for name in by_leaf if name), None)
+    by_file = (one for one in mapping.FRAMEWORKS if _has_mark(file, _declared(one)))
+    leaves = {name.rpartition(".")[2] for name in file}
+    by_name = (one for one in mapping.FRAMEWORKS if leaves.intersection(_declared(one).get("names", ())))
+    return next(by_file, None) or next(by_name, None)
+
+
+def _has_mark(file: StoredFile, declared: dict[str, Any]) -> bool:
+    return file.format in declared["formats"] or file.metadata.get("format", "") == declared.get("mark")
+
+
+def _declared(framework: str) -> dict[str, Any]:
+    declared: dict[str, Any] = mapping.table(framework)["framework"]["checkpoints"]
+    return declared

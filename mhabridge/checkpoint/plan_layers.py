@@ -134,7 +134,7 @@ class LayerPlanner:
         return next(iter(fitting.values()), None)
 
     def _remember(self, path: str, choice: Choice, written: Mapping[str, Shape]) -> None:
-        alike = ["mindspore", "mindspore.mint"] if self.to.framework == "mindspore" else [self.to.name]
+        alike = modules.of_framework(self.to.framework)
         if len({reading.kind for reading in modules.readings(written, alike)}) > 1:
             self.left_open[path] = str(choice)
 

@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from mhabridge.checkpoint import atomic, checksums, sharded, sidecar, verifying
+from mhabridge.checkpoint import atomic, checksums, origins, sharded, sidecar, verifying
 from mhabridge.checkpoint.formats import Format, open_checkpoint
 from mhabridge.checkpoint.planning import Plan
 from mhabridge.checkpoint.stored import StoredFile, StoredObject
@@ -16,7 +16,6 @@ from mhabridge.checkpoint.writing import Sink
 from mhabridge.errors import CheckpointError
 
 Progress = Callable[[int, int], None]
-_METADATA = {"torch": "pt", "mindspore": "ms"}  # how these frameworks' tools mark their safetensors files
 
 
 @dataclasses.dataclass
@@ -132,9 +131,8 @@ class Job:
         metadata = {name: text for name, text in self.file.metadata.items() if name != sidecar.KEY}
         if self.framework is not None:
             metadata.pop("format", None)
-        mark = _METADATA.get((self.framework or "").partition("@")[0].partition(".")[0])
-        if mark is not None:
-            metadata["format"] = mark
+            mark = origins.mark_of(origins.dialect(self.framework).framework)
+            metadata.update({"format": mark} if mark else {})
         if self.plan.specs is not None:
             metadata[sidecar.KEY] = self.plan.specs
         return metadata
