@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from mhabridge.checkpoint import blocks
+from mhabridge.checkpoint.storage import blocks
 
 PAIRS = 15
 LIMIT = 5.0  # times as fast, for float32

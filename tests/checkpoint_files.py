@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 
 from mhabridge.backends import backends
-from mhabridge.checkpoint.stored import StoredFile
-from mhabridge.checkpoint.writing import Outgoing, Sink
+from mhabridge.checkpoint.storage.stored import StoredFile
+from mhabridge.checkpoint.storage.writing import Outgoing, Sink
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 

@@ -13,8 +13,8 @@ import time
 
 import pytest
 
-from mhabridge.checkpoint import atomic
-from mhabridge.checkpoint.atomic import replacing, replacing_all
+from mhabridge.checkpoint.storage import atomic
+from mhabridge.checkpoint.storage.atomic import replacing, replacing_all
 from mhabridge.errors import CheckpointError
 
 # Both ways of keeping the new content apart: a file without a name, and one with a temporary name.
@@ -170,8 +170,8 @@ def test_a_long_name_is_possible(tmp_path, kind):
 
 LIMITED = """
 import os, resource, signal, sys
-from mhabridge.checkpoint import atomic
-from mhabridge.checkpoint.writing import Sink
+from mhabridge.checkpoint.storage import atomic
+from mhabridge.checkpoint.storage.writing import Sink
 from mhabridge.errors import CheckpointError
 atomic._CAN_BE_NAMED = sys.argv[2] == "unnamed"
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -216,7 +216,7 @@ def test_a_full_disk_is_our_error(tmp_path):
 
 ENDLESS = """
 import os, sys
-from mhabridge.checkpoint.atomic import replacing
+from mhabridge.checkpoint.storage.atomic import replacing
 with replacing(sys.argv[1], force=True) as descriptor:
     os.write(descriptor, bytes(100_000))
     print("writing", flush=True)

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from mhabridge import MHASpec, MHAWeights
-from mhabridge.checkpoint.comparing import same_bits
 from mhabridge.checkpoint.conversion import convert_checkpoint
-from mhabridge.checkpoint.stored import Extent, StoredFile, StoredTensor
+from mhabridge.checkpoint.storage.comparing import same_bits
+from mhabridge.checkpoint.storage.stored import Extent, StoredFile, StoredTensor
 from mhabridge.errors import CheckpointError
 
 SPEC = MHASpec(32, 4)

@@ -14,10 +14,10 @@ import pytest
 
 from mhabridge.backends import shipping
 from mhabridge.backends.worker import Worker
-from mhabridge.checkpoint import views
 from mhabridge.checkpoint.conversion import convert_checkpoint
 from mhabridge.checkpoint.fingerprints import fingerprint
-from mhabridge.checkpoint.formats import open_checkpoint
+from mhabridge.checkpoint.formats.known import open_checkpoint
+from mhabridge.checkpoint.storage import views
 from mhabridge.spec import MHASpec
 from tests import worker_models
 from tests.conftest import _infos as infos

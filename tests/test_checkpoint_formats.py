@@ -11,9 +11,9 @@ import sys
 import numpy as np
 import pytest
 
-from mhabridge.checkpoint.formats import FORMATS, by_name, open_checkpoint
-from mhabridge.checkpoint.stored import StoredObject
-from mhabridge.checkpoint.writing import Outgoing, passed_through
+from mhabridge.checkpoint.formats.known import FORMATS, by_name, open_checkpoint
+from mhabridge.checkpoint.storage.stored import StoredObject
+from mhabridge.checkpoint.storage.writing import Outgoing, passed_through
 from mhabridge.errors import CheckpointError
 from tests.checkpoint_files import assert_holds, outgoing, written
 
@@ -126,9 +126,9 @@ def test_other_content_with_a_known_name_is_refused(tmp_path, content, ending):
 PEAK = """
 import os, sys
 import numpy
-from mhabridge.checkpoint.formats import FORMATS, open_checkpoint
-from mhabridge.checkpoint.transposing import transposed
-from mhabridge.checkpoint.writing import Sink, passed_through
+from mhabridge.checkpoint.formats.known import FORMATS, open_checkpoint
+from mhabridge.checkpoint.storage.transposing import transposed
+from mhabridge.checkpoint.storage.writing import Sink, passed_through
 def peak():  # getrusage would also count what the parent had when it started this process
     with open("/proc/self/status") as status:
         return next(int(line.split()[1]) for line in status if line.startswith("VmHWM"))

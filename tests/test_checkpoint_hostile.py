@@ -20,10 +20,10 @@ import pytest
 
 from mhabridge.checkpoint.conversion import convert_checkpoint
 from mhabridge.checkpoint.fingerprints import fingerprint
-from mhabridge.checkpoint.formats import open_checkpoint
+from mhabridge.checkpoint.formats.known import open_checkpoint
+from mhabridge.checkpoint.formats.mindspore_entries import head_of
 from mhabridge.checkpoint.inspection import inspect_checkpoint
-from mhabridge.checkpoint.mindspore_entries import head_of
-from mhabridge.checkpoint.stored import StoredFile
+from mhabridge.checkpoint.storage.stored import StoredFile
 from mhabridge.errors import CheckpointError
 
 NUMBERS = np.arange(16, dtype="<f4").tobytes()
@@ -134,7 +134,7 @@ def test_a_tensor_that_is_not_in_its_storage(tmp_path, lie):
 
 PEAK = r"""
 import pathlib, re, sys
-from mhabridge.checkpoint.formats import open_checkpoint
+from mhabridge.checkpoint.formats.known import open_checkpoint
 from mhabridge.errors import CheckpointError
 
 def peak():  # not getrusage, which begins with what the parent has

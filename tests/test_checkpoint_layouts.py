@@ -12,7 +12,7 @@ import pytest
 from mhabridge import dtypes
 from mhabridge.checkpoint.conversion import ConversionReport, convert_checkpoint
 from mhabridge.checkpoint.fingerprints import fingerprint
-from mhabridge.checkpoint.formats import open_checkpoint
+from mhabridge.checkpoint.formats.known import open_checkpoint
 from mhabridge.checkpoint.inspection import inspect_checkpoint
 from mhabridge.errors import ArgumentError, ArgumentTypeError, CheckpointError, UnsupportedError, WeightsError
 from mhabridge.spec import MHASpec

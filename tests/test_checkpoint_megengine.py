@@ -9,9 +9,9 @@ import struct
 import numpy as np
 import pytest
 
-from mhabridge.checkpoint import megengine, torch_zip
-from mhabridge.checkpoint.stored import StoredObject
-from mhabridge.checkpoint.writing import Outgoing, Sink, passed_through
+from mhabridge.checkpoint.formats import megengine, torch_zip
+from mhabridge.checkpoint.storage.stored import StoredObject
+from mhabridge.checkpoint.storage.writing import Outgoing, Sink, passed_through
 from mhabridge.errors import CheckpointError
 from tests.checkpoint_files import GOLDEN, PRINT_ARRAYS, array_of, assert_holds, assert_shown, outgoing, run_in, written
 from tests.golden import expected

@@ -11,10 +11,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mhabridge.checkpoint import mindspore_ckpt, mindspore_writing
-from mhabridge.checkpoint.mindspore_entries import TYPES, head_of, varint
-from mhabridge.checkpoint.stored import StoredObject
-from mhabridge.checkpoint.writing import Outgoing, passed_through
+from mhabridge.checkpoint.formats import mindspore_ckpt, mindspore_writing
+from mhabridge.checkpoint.formats.mindspore_entries import TYPES, head_of, varint
+from mhabridge.checkpoint.storage.stored import StoredObject
+from mhabridge.checkpoint.storage.writing import Outgoing, passed_through
 from mhabridge.errors import CheckpointError
 from tests.checkpoint_files import GOLDEN, assert_holds, outgoing, written
 from tests.golden.make_golden_mindspore import APPENDED, LONG, PLAIN, SLICED, SPLIT

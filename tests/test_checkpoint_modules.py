@@ -14,10 +14,10 @@ import pytest
 from mhabridge import mapping
 from mhabridge.backends import shipping
 from mhabridge.backends.worker import Worker
-from mhabridge.checkpoint import kinds, modules
 from mhabridge.checkpoint.conversion import convert_checkpoint
 from mhabridge.checkpoint.fingerprints import fingerprint
-from mhabridge.checkpoint.formats import open_checkpoint
+from mhabridge.checkpoint.formats.known import open_checkpoint
+from mhabridge.checkpoint.planning import kinds, modules
 from mhabridge.errors import ArgumentError, CheckpointError, UnsupportedError
 from tests import worker_layers
 from tests.conftest import _infos as infos

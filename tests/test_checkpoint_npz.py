@@ -14,11 +14,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mhabridge import dtypes
-from mhabridge.checkpoint import npz, npz_writing
-from mhabridge.checkpoint.npy_header import parse
-from mhabridge.checkpoint.packed import Deflated
-from mhabridge.checkpoint.stored import ITEM_SIZES, NOT_IN_NUMPY, StoredObject
-from mhabridge.checkpoint.writing import Outgoing, passed_through
+from mhabridge.checkpoint.formats import npz, npz_writing
+from mhabridge.checkpoint.formats.npy_header import parse
+from mhabridge.checkpoint.storage.packed import Deflated
+from mhabridge.checkpoint.storage.stored import ITEM_SIZES, NOT_IN_NUMPY, StoredObject
+from mhabridge.checkpoint.storage.writing import Outgoing, passed_through
 from mhabridge.errors import CheckpointError
 from tests.checkpoint_files import array_of, assert_holds, outgoing, written
 

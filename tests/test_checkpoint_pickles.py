@@ -16,9 +16,10 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from mhabridge.checkpoint import emitting, megengine, pickles, torch_legacy, torch_zip
-from mhabridge.checkpoint.inert import Made, Name, Persistent, Slice, Table
-from mhabridge.checkpoint.streams import ByteStream
+from mhabridge.checkpoint.formats import megengine, torch_legacy, torch_zip
+from mhabridge.checkpoint.pickled import emitting, pickles
+from mhabridge.checkpoint.pickled.inert import Made, Name, Persistent, Slice, Table
+from mhabridge.checkpoint.storage.streams import ByteStream
 from mhabridge.errors import CheckpointError
 from tests.checkpoint_files import GOLDEN, array_of, assert_holds, assert_same
 from tests.golden import expected
@@ -309,7 +310,7 @@ BOMBS = {
 READ_ALL = """
 import pathlib, resource, sys
 sys.path.insert(0, sys.argv[1])
-from mhabridge.checkpoint import megengine
+from mhabridge.checkpoint.formats import megengine
 from mhabridge.errors import CheckpointError
 used = int(pathlib.Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (used + (400 << 20),) * 2)

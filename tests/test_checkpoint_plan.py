@@ -11,10 +11,12 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from mhabridge.checkpoint import completeness, planning, safetensors_file
 from mhabridge.checkpoint.conversion import ConversionReport, convert_checkpoint
-from mhabridge.checkpoint.drafts import Draft, Entry
-from mhabridge.checkpoint.formats import open_checkpoint
+from mhabridge.checkpoint.formats import safetensors_file
+from mhabridge.checkpoint.formats.known import open_checkpoint
+from mhabridge.checkpoint.planning import completeness
+from mhabridge.checkpoint.planning import plan as planning
+from mhabridge.checkpoint.planning.drafts import Draft, Entry
 from mhabridge.errors import ArgumentError, ArgumentTypeError, CheckpointError, WeightsError
 from mhabridge.spec import MHASpec
 from mhabridge.weights import MHAWeights

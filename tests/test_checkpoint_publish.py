@@ -14,10 +14,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mhabridge.checkpoint import conversion, publishing, sharded, views
+from mhabridge.checkpoint import conversion, publishing
 from mhabridge.checkpoint.conversion import ConversionReport, convert_checkpoint
-from mhabridge.checkpoint.formats import open_checkpoint
-from mhabridge.checkpoint.writing import Outgoing, Sink
+from mhabridge.checkpoint.formats import sharded
+from mhabridge.checkpoint.formats.known import open_checkpoint
+from mhabridge.checkpoint.storage import views
+from mhabridge.checkpoint.storage.writing import Outgoing, Sink
 from mhabridge.errors import CheckpointError
 from mhabridge.spec import MHASpec
 from mhabridge.weights import MHAWeights

@@ -13,10 +13,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mhabridge.checkpoint import mindspore_metadata, safetensors_file
-from mhabridge.checkpoint.safetensors_header import DTYPES
-from mhabridge.checkpoint.stored import StoredObject
-from mhabridge.checkpoint.writing import Outgoing, passed_through
+from mhabridge.checkpoint.formats import mindspore_metadata, safetensors_file
+from mhabridge.checkpoint.formats.safetensors_header import DTYPES
+from mhabridge.checkpoint.storage.stored import StoredObject
+from mhabridge.checkpoint.storage.writing import Outgoing, passed_through
 from mhabridge.errors import CheckpointError
 from tests.checkpoint_files import GOLDEN, array_of, assert_holds, outgoing, written
 from tests.golden.make_golden_mindspore import SPLIT

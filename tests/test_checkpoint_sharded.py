@@ -8,9 +8,9 @@ import os
 import numpy as np
 import pytest
 
-from mhabridge.checkpoint import npz_writing, safetensors_file, sharded
-from mhabridge.checkpoint.formats import open_checkpoint
-from mhabridge.checkpoint.stored import StoredObject
+from mhabridge.checkpoint.formats import npz_writing, safetensors_file, sharded
+from mhabridge.checkpoint.formats.known import open_checkpoint
+from mhabridge.checkpoint.storage.stored import StoredObject
 from mhabridge.errors import CheckpointError
 from tests.checkpoint_files import assert_holds, outgoing, written
 

@@ -15,10 +15,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mhabridge.checkpoint import emitting, torch_legacy, torch_zip, zip_writer, zips
-from mhabridge.checkpoint.formats import open_checkpoint
-from mhabridge.checkpoint.stored import StoredObject
-from mhabridge.checkpoint.writing import Outgoing, Sink, passed_through
+from mhabridge.checkpoint.formats import torch_legacy, torch_zip, zip_writer, zips
+from mhabridge.checkpoint.formats.known import open_checkpoint
+from mhabridge.checkpoint.pickled import emitting
+from mhabridge.checkpoint.storage.stored import StoredObject
+from mhabridge.checkpoint.storage.writing import Outgoing, Sink, passed_through
 from mhabridge.errors import CheckpointError
 from tests.checkpoint_files import GOLDEN, PRINT_ARRAYS, assert_holds, assert_shown, outgoing, run_in, written
 from tests.golden import expected

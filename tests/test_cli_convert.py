@@ -23,10 +23,11 @@ import mhabridge as mb
 pytest.importorskip("click", reason="click is not installed")
 pytest.importorskip("rich", reason="rich is not installed")
 
-from mhabridge.checkpoint import torch_writer, verifying
-from mhabridge.checkpoint.formats import open_checkpoint
-from mhabridge.checkpoint.planning import Entry
-from mhabridge.checkpoint.stored import StoredObject
+from mhabridge.checkpoint.formats import torch_writer
+from mhabridge.checkpoint.formats.known import open_checkpoint
+from mhabridge.checkpoint.planning import verifying
+from mhabridge.checkpoint.planning.plan import Entry
+from mhabridge.checkpoint.storage.stored import StoredObject
 from mhabridge.cli import main, plans, rules
 from tests.checkpoint_files import outgoing, written
 

@@ -24,7 +24,7 @@ from mhabridge.checkpoint.conversion import convert_checkpoint
 from mhabridge.checkpoint.in_memory import Arrays, MemorySink, same_numbers
 from mhabridge.checkpoint.load_report import LoadReport, Mismatch, require_ok
 from mhabridge.checkpoint.loading import load_into, names_and_shapes
-from mhabridge.checkpoint.writing import Outgoing
+from mhabridge.checkpoint.storage.writing import Outgoing
 from mhabridge.errors import ArgumentError, ArgumentTypeError, CheckpointError, UnsupportedError, WeightsError
 from tests import worker_load
 from tests.conftest import _ready as ready
@@ -54,7 +54,7 @@ NO_COUNTER = [name for name in FILES if name.startswith(("mindspore", "megengine
 def worker(name: str) -> Worker:
     info = next(info for info in backends() if info.name == name)
     own = Path(worker_load.__file__).read_text(encoding="utf-8")
-    parts = [f"{checkpoint.__name__}.{part.name}" for part in pkgutil.iter_modules(checkpoint.__path__)]
+    parts = [part.name for part in pkgutil.walk_packages(checkpoint.__path__, f"{checkpoint.__name__}.")]
     modules = {part: shipping.source(part) for part in (checkpoint.__name__, "mhabridge.bridge", *parts)}
     started.append(Worker(info.python, info.framework, extra_modules={**modules, "trial": own}))
     return started[-1]
@@ -498,7 +498,7 @@ def test_names_and_shapes(framework: str, files: Path) -> None:
     name = {"torch": "model.pth", "mindspore": "mindspore.ckpt", "megengine": "megengine.pkl"}[framework]
     options: dict[str, Any] = {"file": str(files / name), "tied": False, "options": {}, "tokens": TOKENS}
     found = json.loads(ask(framework, "refused", **options)["shapes"])
-    from mhabridge.checkpoint.formats import open_checkpoint
+    from mhabridge.checkpoint.formats.known import open_checkpoint
 
     with open_checkpoint(files / name) as file:
         assert {key: tuple(shape) for key, shape in found.items()} == {key: one.shape for key, one in file.items()}

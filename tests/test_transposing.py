@@ -12,10 +12,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mhabridge.checkpoint import blocks, transposing
-from mhabridge.checkpoint.stored import Extent, StoredFile, StoredTensor
-from mhabridge.checkpoint.transposing import transposed
-from mhabridge.checkpoint.writing import Outgoing, Sink, passed_through
+from mhabridge.checkpoint.storage import blocks, transposing
+from mhabridge.checkpoint.storage.stored import Extent, StoredFile, StoredTensor
+from mhabridge.checkpoint.storage.transposing import transposed
+from mhabridge.checkpoint.storage.writing import Outgoing, Sink, passed_through
 
 DTYPES = ["uint8", "float16", "float32", "float64", "complex128"]
 SHAPES = [(1, 1), (3, 5), (0, 4), (4, 0), (1, 300), (300, 1), (127, 129), (128, 128), (129, 257), (5, 5000)]

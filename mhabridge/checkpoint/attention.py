@@ -7,7 +7,7 @@ import os
 from typing import Any
 
 from mhabridge import layouts, packing
-from mhabridge.checkpoint import configuration
+from mhabridge.checkpoint.planning import configuration
 from mhabridge.checkpoint.reading import TensorFile, open_tensors
 from mhabridge.dtypes import FLOATS
 from mhabridge.errors import ArgumentError, ArgumentTypeError, WeightsError

@@ -10,11 +10,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mhabridge.checkpoint import formats, planning, sharded
-from mhabridge.checkpoint.formats import Format, open_checkpoint
-from mhabridge.checkpoint.planning import Entry, Options, Plan
+from mhabridge.checkpoint.formats import known, sharded
+from mhabridge.checkpoint.formats.known import Format, open_checkpoint
+from mhabridge.checkpoint.planning import plan as planning
+from mhabridge.checkpoint.planning.plan import Entry, Options, Plan
 from mhabridge.checkpoint.publishing import Job, Progress
-from mhabridge.checkpoint.stored import StoredFile, StoredObject
+from mhabridge.checkpoint.storage.stored import StoredFile, StoredObject
 from mhabridge.errors import CheckpointError
 
 _SHARD = 5 << 30  # bytes: what Hugging Face's libraries write
@@ -176,9 +177,9 @@ def _report(
 
 
 def _format_of(target: Path) -> Format:
-    format = formats.by_name(target)
+    format = known.by_name(target)
     if format is None or (format.write is None and format.name != sharded.NAME):
-        endings = [ending for one in formats.FORMATS for ending in one.endings]
+        endings = [ending for one in known.FORMATS for ending in one.endings]
         raise CheckpointError(
             str(target),
             given=f"a target named {target.suffix or 'without an ending'}",

@@ -15,13 +15,13 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from mhabridge.checkpoint import kinds, modules, sidecar
-from mhabridge.checkpoint.comparing import all_zero
-from mhabridge.checkpoint.drafts import by_module
-from mhabridge.checkpoint.formats import open_checkpoint
-from mhabridge.checkpoint.layers import Block, find_blocks
-from mhabridge.checkpoint.origins import source_dialects
-from mhabridge.checkpoint.stored import StoredFile, StoredTensor
+from mhabridge.checkpoint.formats.known import open_checkpoint
+from mhabridge.checkpoint.planning import kinds, modules, sidecar
+from mhabridge.checkpoint.planning.drafts import by_module
+from mhabridge.checkpoint.planning.layers import Block, find_blocks
+from mhabridge.checkpoint.planning.origins import source_dialects
+from mhabridge.checkpoint.storage.comparing import all_zero
+from mhabridge.checkpoint.storage.stored import StoredFile, StoredTensor
 from mhabridge.errors import ArgumentError, CheckpointError
 
 # Counters that some frameworks keep and others do not have; they are no weights.

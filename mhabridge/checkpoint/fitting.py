@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 
 from mhabridge import packing
-from mhabridge.checkpoint.completeness import Misfit, misfit
 from mhabridge.checkpoint.in_memory import Arrays, same_numbers
 from mhabridge.checkpoint.load_report import LoadReport, Mismatch
-from mhabridge.checkpoint.planning import Options, Plan
-from mhabridge.checkpoint.stored import StoredFile
-from mhabridge.checkpoint.writing import Outgoing
+from mhabridge.checkpoint.planning.completeness import Misfit, misfit
+from mhabridge.checkpoint.planning.plan import Options, Plan
+from mhabridge.checkpoint.storage.stored import StoredFile
+from mhabridge.checkpoint.storage.writing import Outgoing
 from mhabridge.spec import MHASpec
 from mhabridge.state import Slot
 

@@ -8,8 +8,8 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 import numpy as np
 
 from mhabridge import dtypes
-from mhabridge.checkpoint.stored import NOT_IN_NUMPY
-from mhabridge.checkpoint.writing import Outgoing, Sink
+from mhabridge.checkpoint.storage.stored import NOT_IN_NUMPY
+from mhabridge.checkpoint.storage.writing import Outgoing, Sink
 from mhabridge.errors import CheckpointError
 
 

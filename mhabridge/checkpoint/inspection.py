@@ -8,10 +8,10 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-from mhabridge.checkpoint import sidecar
-from mhabridge.checkpoint.formats import open_checkpoint
-from mhabridge.checkpoint.layers import Block, find_blocks
-from mhabridge.checkpoint.stored import StoredFile
+from mhabridge.checkpoint.formats.known import open_checkpoint
+from mhabridge.checkpoint.planning import sidecar
+from mhabridge.checkpoint.planning.layers import Block, find_blocks
+from mhabridge.checkpoint.storage.stored import StoredFile
 from mhabridge.errors import MHABridgeError
 
 

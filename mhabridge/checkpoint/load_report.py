@@ -6,7 +6,7 @@ import dataclasses
 import json
 from typing import Any
 
-from mhabridge.checkpoint.drafts import Entry
+from mhabridge.checkpoint.planning.drafts import Entry
 from mhabridge.errors import WeightsError
 
 _LISTED = 8

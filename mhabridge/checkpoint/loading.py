@@ -13,13 +13,14 @@ from types import ModuleType
 from typing import Any
 
 from mhabridge import bridge, mapping, packing
-from mhabridge.checkpoint import planning, sidecar
 from mhabridge.checkpoint.fitting import Fitting
-from mhabridge.checkpoint.formats import open_checkpoint
+from mhabridge.checkpoint.formats.known import open_checkpoint
 from mhabridge.checkpoint.in_memory import Arrays
 from mhabridge.checkpoint.load_report import LoadReport, require_ok
-from mhabridge.checkpoint.planning import Options, Plan
-from mhabridge.checkpoint.stored import StoredFile
+from mhabridge.checkpoint.planning import plan as planning
+from mhabridge.checkpoint.planning import sidecar
+from mhabridge.checkpoint.planning.plan import Options, Plan
+from mhabridge.checkpoint.storage.stored import StoredFile
 from mhabridge.errors import ArgumentError, ArgumentTypeError, CheckpointError, UnsupportedError, WeightsError
 from mhabridge.spec import MHASpec
 

@@ -8,11 +8,13 @@ import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from mhabridge.checkpoint import atomic, checksums, origins, sharded, sidecar, verifying
-from mhabridge.checkpoint.formats import Format, open_checkpoint
-from mhabridge.checkpoint.planning import Plan
-from mhabridge.checkpoint.stored import StoredFile, StoredObject
-from mhabridge.checkpoint.writing import Sink
+from mhabridge.checkpoint.formats import sharded
+from mhabridge.checkpoint.formats.known import Format, open_checkpoint
+from mhabridge.checkpoint.planning import origins, sidecar, verifying
+from mhabridge.checkpoint.planning.plan import Plan
+from mhabridge.checkpoint.storage import atomic, checksums
+from mhabridge.checkpoint.storage.stored import StoredFile, StoredObject
+from mhabridge.checkpoint.storage.writing import Sink
 from mhabridge.errors import CheckpointError
 
 Progress = Callable[[int, int], None]

@@ -8,8 +8,8 @@ from types import TracebackType
 
 import numpy as np
 
-from mhabridge.checkpoint.formats import open_checkpoint
-from mhabridge.checkpoint.stored import StoredFile
+from mhabridge.checkpoint.formats.known import open_checkpoint
+from mhabridge.checkpoint.storage.stored import StoredFile
 
 
 class TensorFile(Mapping[str, np.ndarray]):
@@ -57,7 +57,7 @@ class TensorFile(Mapping[str, np.ndarray]):
 
 
 def open_tensors(path: str | os.PathLike[str]) -> TensorFile:
-    """Open a checkpoint of any format that ``mhabridge.checkpoint.formats`` lists.
+    """Open a checkpoint of any format that ``mhabridge.checkpoint.formats.known`` lists.
 
     Raises:
         ArgumentTypeError: that is no path.

@@ -107,7 +107,7 @@ def _pairs(sources: tuple[str, ...], target: str, ending: str | None) -> list[tu
 
 def _stem(source: str) -> str:
     """A file's name without the ending that says its format."""
-    from mhabridge.checkpoint.formats import FORMATS
+    from mhabridge.checkpoint.formats.known import FORMATS
 
     name = pathlib.Path(source).name
     endings = [ending for one in FORMATS for ending in one.endings if name.lower().endswith(ending)]

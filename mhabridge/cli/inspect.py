@@ -8,7 +8,7 @@ import click
 
 if TYPE_CHECKING:
     from mhabridge.checkpoint.inspection import CheckpointInfo
-    from mhabridge.checkpoint.layers import Block
+    from mhabridge.checkpoint.planning.layers import Block
 
 _USUAL = ("embed_dim", "num_heads", "dtype", "dropout", "batch_first")  # shown elsewhere, or in no file
 

@@ -9,7 +9,7 @@ import click
 
 if TYPE_CHECKING:
     from mhabridge.checkpoint.conversion import ConversionReport
-    from mhabridge.checkpoint.planning import Entry
+    from mhabridge.checkpoint.planning.plan import Entry
 
 _LONG = 30  # entries; up to that many are shown one by one
 _SAME = "(the same)"

@@ -37,21 +37,14 @@ sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
 with atheris.instrument_imports(include=["mhabridge.checkpoint"]):
     import numpy as np
 
-    from mhabridge.checkpoint import (
-        megengine,
-        mindspore_ckpt,
-        npz,
-        safetensors_file,
-        sidecar,
-        torch_legacy,
-        torch_zip,
-        values,
-    )
     from mhabridge.checkpoint.conversion import convert_checkpoint
-    from mhabridge.checkpoint.formats import open_checkpoint
+    from mhabridge.checkpoint.formats import megengine, mindspore_ckpt, npz, safetensors_file, torch_legacy, torch_zip
+    from mhabridge.checkpoint.formats.known import open_checkpoint
     from mhabridge.checkpoint.inspection import inspect_checkpoint
-    from mhabridge.checkpoint.layers import find_blocks
-    from mhabridge.checkpoint.stored import NOT_IN_NUMPY, StoredFile
+    from mhabridge.checkpoint.pickled import values
+    from mhabridge.checkpoint.planning import sidecar
+    from mhabridge.checkpoint.planning.layers import find_blocks
+    from mhabridge.checkpoint.storage.stored import NOT_IN_NUMPY, StoredFile
 from mhabridge.errors import CheckpointError, MHABridgeError
 from mhabridge.spec import MHASpec
 from mhabridge.weights import MHAWeights

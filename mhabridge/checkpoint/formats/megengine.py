@@ -1,0 +1,172 @@
+"""MegEngine's checkpoints: plain pickles, as ``megengine.save`` writes them, of arrays or of its own tensors.
+
+``Module.state_dict()`` gives arrays, so most files ask for NumPy alone. Written here is protocol 4 with the names
+of NumPy 1, which every MegEngine reads; NumPy 2 knows them too.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from mhabridge.checkpoint.pickled import arrays, emitting, nesting, pickles
+from mhabridge.checkpoint.pickled.emitting import holds as holds
+from mhabridge.checkpoint.pickled.spill import Spill
+from mhabridge.checkpoint.pickled.values import Interpreter
+from mhabridge.checkpoint.storage import checking
+from mhabridge.checkpoint.storage.stored import ITEM_SIZES, StoredFile, StoredObject
+from mhabridge.checkpoint.storage.streams import ByteStream
+from mhabridge.checkpoint.storage.writing import Outgoing, Sink
+from mhabridge.errors import CheckpointError
+
+NAME = "megengine"
+_PROTOCOL = 4
+_BFLOAT16 = ("megengine.core._imperative_rt", "pybfloat16")
+_CODES = {dtype: code for code, dtype in arrays.CODES.items()}
+_LARGE = 2**32  # bytes that need an 8-byte length
+
+# What the first opcodes of dicts and lists look like in protocols 0 and 1, which have no header.
+_OLD_STARTS = (b"ccollections\n", b"(dp", b"(lp", b"}q", b"]q", b"cnumpy", b"(i")
+
+# What megengine 1.13 does with the arrays of a file (measured; Module.load_state_dict takes float32 and float16 only).
+_ODD = {
+    "float16": "load_state_dict makes the parameter float16 without a word.",
+    "bfloat16": "load_state_dict refuses it; megengine.tensor() takes it.",
+    "float64": "load_state_dict refuses it; megengine.tensor() makes it float32 without a word.",
+    "int64": "load_state_dict refuses it; megengine.tensor() makes it int32 without a word.",
+    "uint32": "MegEngine has no tensors of it.",
+    "uint64": "MegEngine has no tensors of it.",
+}
+
+
+def sniff(head: bytes) -> bool:
+    r"""Whether a file begins as a pickle does; PyTorch's legacy files do too, so ask ``torch_legacy.sniff`` before.
+
+    Example:
+        >>> sniff(b"\x80\x04\x95"), sniff(b"PK\x03\x04")
+        (True, False)
+    """
+    return (head[:1] == b"\x80" and head[1:2] in (b"\2", b"\3", b"\4", b"\5")) or head.startswith(_OLD_STARTS)
+
+
+def read(path: str | os.PathLike[str], nested: Sequence[str] | None = None, verify: bool = False) -> StoredFile:
+    """Opens a checkpoint.
+
+    Args:
+        path: the file.
+        nested: the keys under which the state dict lies, () for the top; None to find it.
+        verify: accepted since every format's reader takes it; a pickle has no checksum.
+
+    Raises:
+        CheckpointError: it is damaged or no pickle, asks for something else than tensors and plain data, or it is not
+            clear which part is the state dict.
+    """
+    path = Path(path)
+    with checking.opened(path) as descriptor, Spill(descriptor, path) as spill:
+        stream = ByteStream(descriptor, path)
+        loaded = pickles.load(stream)
+        if stream.left:
+            raise checking.damaged(path, f"{stream.left} bytes after the pickle's end", "one pickle")
+        found = nesting.find(Interpreter(path, descriptor, spill), loaded, nested)
+        return StoredFile(
+            path, NAME, found.tensors, tuple(found.objects), {}, found.nested, spill.files, tuple(found.notes)
+        )
+
+
+def write(
+    sink: Sink,
+    tensors: Sequence[Outgoing],
+    objects: Sequence[StoredObject] = (),
+    metadata: Mapping[str, str] | None = None,
+    nested: Sequence[str] = (),
+) -> None:
+    """Write a checkpoint that ``megengine.load`` reads: a state dict of NumPy arrays.
+
+    Args:
+        sink: where to.
+        tensors: what; those that are tied, of one shape, become one array.
+        objects: entries that are no tensors.
+        metadata: this format has no room for it; accepted since every format's writer takes it.
+        nested: the keys under which to put the state dict.
+
+    Raises:
+        CheckpointError: a name occurs twice, an object is not plain data, or NumPy and MegEngine have no such dtype.
+    """
+    before, after = emitting.wrapped(tensors, objects, nested)
+    heads = [_head(tensor) for tensor in tensors]
+    sink.write(emitting.start(_PROTOCOL) + before)
+    uses = Counter(map(_identity, tensors))
+    memo: dict[object, int] = {}
+    for tensor, head in zip(tensors, heads, strict=True):
+        same = _identity(tensor)
+        sink.write(emitting.value(tensor.name))
+        if same in memo:
+            sink.write(emitting.recall(memo[same]))
+            continue
+        sink.write(head)
+        tensor.write_to(sink)
+        sink.write(emitting.TUPLE + emitting.BUILD)
+        if tensor.tied is not None and uses[same] > 1:
+            memo[same] = len(memo)
+            sink.write(emitting.remember(memo[same]))
+    sink.write(after + emitting.STOP)
+
+
+def notes_on(tensors: Sequence[Outgoing]) -> list[str]:
+    """What MegEngine will do with tensors of dtypes that it treats in its own way.
+
+    Example:
+        >>> notes_on([Outgoing("step", "int64", (), lambda sink: None)])
+        ['int64 (step): load_state_dict refuses it; megengine.tensor() makes it int32 without a word.']
+    """
+    found: dict[str, list[str]] = {}
+    for tensor in tensors:
+        if tensor.dtype in _ODD:
+            found.setdefault(tensor.dtype, []).append(tensor.name)
+    return [f"{dtype} ({_few(names)}): {_ODD[dtype]}" for dtype, names in found.items()]
+
+
+def _few(names: list[str]) -> str:
+    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
+
+
+def _identity(tensor: Outgoing) -> object:
+    return (tensor.tied, tensor.dtype, tensor.shape)
+
+
+def _head(tensor: Outgoing) -> bytes:
+    """An array up to its first byte: ``_reconstruct(ndarray, (0,), b"b")``, and its state but for the end."""
+    call = emitting.name("numpy.core.multiarray", "_reconstruct")
+    made = b"".join([call, emitting.MARK, emitting.name("numpy", "ndarray"), emitting.value((0,)), b"C\1b"])
+    length = (
+        b"\x8e" + struct.pack("<Q", tensor.nbytes)
+        if tensor.nbytes >= _LARGE
+        else b"B" + struct.pack("<I", tensor.nbytes)
+    )
+    state = [emitting.value(1), emitting.value(tensor.shape), _dtype(tensor), emitting.value(False), length]
+    return b"".join([made, emitting.TUPLE, emitting.CALL, emitting.MARK, *state])
+
+
+def _dtype(tensor: Outgoing) -> bytes:
+    """A NumPy dtype, or MegEngine's bfloat16, which stands in its place by its class."""
+    if tensor.dtype == "bfloat16":
+        code, sizes = (
+            emitting.name(*_BFLOAT16),
+            (2, 2, 112),
+        )  # its item size, alignment and flags, as NumPy 1 writes them
+    elif tensor.dtype in _CODES:
+        code, sizes = emitting.value(_CODES[tensor.dtype]), (-1, -1, 0)
+    else:
+        raise CheckpointError(
+            tensor.name,
+            given=f"dtype {tensor.dtype}",
+            expected=f"bfloat16, {', '.join(_CODES)}",
+            advice="NumPy and MegEngine have no such numbers: convert the tensor first.",
+        )
+    order = "|" if ITEM_SIZES[tensor.dtype] == 1 else "<"
+    made = [emitting.name("numpy", "dtype"), emitting.MARK, code, emitting.value(False), emitting.value(True)]
+    state = emitting.value((3, order, None, None, None, *sizes))
+    return b"".join([*made, emitting.TUPLE, emitting.CALL, state, emitting.BUILD])

@@ -1,0 +1,253 @@
+"""A checkpoint in several files, and the ``*.index.json`` that says which tensor is in which: read as one, or written.
+
+The form is Hugging Face's: ``{"metadata": {"total_size": ...}, "weight_map": {tensor: file}}``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from mhabridge.checkpoint.formats import safetensors_file
+from mhabridge.checkpoint.formats.safetensors_header import unique
+from mhabridge.checkpoint.storage import atomic, checking
+from mhabridge.checkpoint.storage.checksums import Checksum
+from mhabridge.checkpoint.storage.stored import Extent, StoredFile, StoredObject, StoredTensor
+from mhabridge.checkpoint.storage.writing import Outgoing, Sink
+from mhabridge.errors import CheckpointError
+
+NAME = "sharded"
+ENDING = ".index.json"
+_LONGEST_INDEX = 32_000_000  # bytes
+_MOST_SHARDS = 10_000
+
+
+def sniff(head: bytes) -> bool:
+    """Whether a file that begins so may be an index.
+
+    Example:
+        >>> sniff(b'{"metadata": {}'), sniff(b"PK")
+        (True, False)
+    """
+    return head.lstrip()[:1] == b"{"
+
+
+def read(
+    path: str | os.PathLike[str],
+    open_shard: Callable[[Path], StoredFile],
+) -> StoredFile:
+    """Open all files of an index as one checkpoint.
+
+    Args:
+        path: the index.
+        open_shard: opens one of the files.
+
+    Raises:
+        CheckpointError: the index is damaged, names a file outside its folder, or says something else of the tensors
+            than the files do; or one of these cannot be read.
+    """
+    path = Path(path)
+    content = _content(path)
+    merged = _Merged(path)
+    for shard, names in _by_shard(path, content["weight_map"]).items():
+        file = _inside(path, shard)
+        with open_shard(file) as opened:
+            _require_same(path, shard, names, opened)
+            merged.add(opened)
+    merged.note_size(content.get("metadata"))
+    return merged.opened()
+
+
+def write(
+    path: str | os.PathLike[str],
+    shards: Sequence[Sequence[Outgoing]],
+    objects: Sequence[StoredObject] = (),
+    metadata: Mapping[str, str] | None = None,
+    force: bool = False,
+    sync: bool = True,
+    workers: int = 2,
+    progress: Callable[[int], None] | None = None,
+    check: Callable[[Sequence[int]], None] | None = None,
+) -> None:
+    """Write safetensors files and their index; none has its name before all are whole.
+
+    Args:
+        path: the index, named ``<stem>.index.json``; the files are ``<stem>-00001-of-00002.safetensors`` beside it.
+        shards: the tensors of each file; ``by_size`` makes such groups.
+        objects: entries that are no tensors; they are kept in the first file.
+        metadata: of each file.
+        force: whether existing files may be replaced.
+        sync: whether to wait until the bytes are on the disk.
+        workers: how many files are written at a time.
+        progress: called with the number of bytes that were just written, from any of the threads.
+        check: called with the descriptors of the files, and of the index, before they get their names; when it raises,
+            nothing is written.
+
+    Raises:
+        CheckpointError: as ``safetensors_file.write`` and ``atomic.replacing_all``; or a tensor is in two shards.
+    """
+    index = Path(path)
+    if not index.name.endswith(ENDING):
+        raise CheckpointError(str(index), given="the name of an index", expected=f"one that ends in {ENDING}")
+    checking.require_names([tensor.name for shard in shards for tensor in shard])
+    names = _file_names(index, len(shards))
+    targets = [*(index.with_name(name) for name in names), index]
+    with atomic.replacing_all(targets, force, sync) as descriptors:
+
+        def write_one(number: int) -> None:
+            kept = objects if number == 0 else ()
+            safetensors_file.write(Sink(descriptors[number], progress), shards[number], kept, metadata)
+
+        with ThreadPoolExecutor(max_workers=max(workers, 1)) as pool:
+            list(pool.map(write_one, range(len(shards))))
+        Sink(descriptors[-1]).write(_index_text(names, shards))
+        if check is not None:
+            check(descriptors)
+
+
+def by_size(tensors: Sequence[Outgoing], limit: int) -> list[list[Outgoing]]:
+    """Groups of tensors in order, each of at most so many bytes; a tensor that is larger has a group of its own.
+
+    Example:
+        >>> tensors = [Outgoing(str(size), "uint8", (size,), lambda sink: None) for size in (3, 2, 9)]
+        >>> [[tensor.name for tensor in group] for group in by_size(tensors, 6)]
+        [['3', '2'], ['9']]
+    """
+    groups: list[list[Outgoing]] = [[]]
+    room = limit
+    for tensor in tensors:
+        if tensor.nbytes > room and groups[-1]:
+            groups.append([])
+            room = limit
+        groups[-1].append(tensor)
+        room -= tensor.nbytes
+    return groups
+
+
+class _Merged:
+    """One checkpoint in the making, from those of the shards."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.tensors: list[StoredTensor] = []
+        self.objects: list[StoredObject] = []
+        self.metadata: dict[str, str] = {}
+        self.files: list[Any] = []
+        self.notes: list[str] = []
+        self.checksums: list[Checksum] = []
+
+    def add(self, shard: StoredFile) -> None:
+        if len(self.tensors) + len(shard) > checking.MOST_TENSORS:
+            raise damaged(self.path, f"more than {checking.MOST_TENSORS} tensors")
+        self.tensors += (self._moved(tensor) for tensor in shard.values())
+        for kept in shard.checksums:
+            parts = tuple(part if isinstance(part, bytes) else self._moved_extent(part) for part in kept.parts)
+            self.checksums.append(dataclasses.replace(kept, of=shard.path.name, parts=parts))
+        self.files += shard.files
+        self.objects += shard.objects
+        self.notes += (f"{shard.path.name}: {note}" for note in shard.notes)
+        for key, text in shard.metadata.items():
+            if self.metadata.setdefault(key, text) != text:
+                self.notes.append(f"{shard.path.name}: its metadata has another {key} than a file before it.")
+
+    def note_size(self, stated: Any) -> None:
+        total = stated.get("total_size") if isinstance(stated, dict) else None
+        found = sum(tensor.nbytes for tensor in self.tensors)
+        if total is not None and total != found:
+            self.notes.append(f"The index speaks of {total!r:.40} bytes, and the tensors have {found}.")
+
+    def opened(self) -> StoredFile:
+        return StoredFile(
+            self.path,
+            NAME,
+            self.tensors,
+            tuple(self.objects),
+            self.metadata,
+            files=tuple(self.files),
+            notes=tuple(self.notes),
+            checksums=tuple(self.checksums),
+        )
+
+    def _moved_extent(self, extent: Extent) -> Extent:
+        return dataclasses.replace(extent, file=extent.file + len(self.files))
+
+    def _moved(self, tensor: StoredTensor) -> StoredTensor:
+        extents = tuple(map(self._moved_extent, tensor.extents))
+        return dataclasses.replace(tensor, extents=extents, storage=f"{len(self.files)} {tensor.storage}")
+
+
+def _content(path: Path) -> dict[str, Any]:
+    with checking.opened(path) as descriptor:
+        size = os.fstat(descriptor).st_size
+        text = os.pread(descriptor, min(size, _LONGEST_INDEX), 0)
+    try:
+        content = checking.json_of(text, object_pairs_hook=unique)
+    except ValueError as error:
+        raise damaged(path, f"it is no JSON: {error}") from None
+    found = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(found, dict) or not all(isinstance(shard, str) for shard in found.values()):
+        raise damaged(path, "it has no weight_map from names to files")
+    return dict(content)
+
+
+def _by_shard(path: Path, weight_map: Mapping[str, str]) -> dict[str, set[str]]:
+    shards: dict[str, set[str]] = {}
+    for name, shard in weight_map.items():
+        shards.setdefault(shard, set()).add(name)
+    if len(shards) > _MOST_SHARDS:
+        raise damaged(path, f"it names {len(shards)} files")
+    return shards
+
+
+def _inside(index: Path, shard: str) -> Path:
+    """Where a shard lies: in the index's folder or below it.
+
+    A link may lead out of it only to the folder into which the index itself is a link: Hugging Face's cache keeps all
+    files of a model there.
+    """
+    given = Path(shard)
+    file = index.parent / given
+    try:
+        allowed = (index.parent.resolve(), index.resolve().parent)
+        real = file.resolve()
+    except (OSError, ValueError, RuntimeError) as error:  # a name with NUL, or links in a circle
+        raise damaged(index, f"the file name {shard!r:.80}: {error}") from None
+    if given.is_absolute() or ".." in given.parts or not any(folder in real.parents for folder in allowed):
+        raise CheckpointError(
+            str(index),
+            given=f"the file {shard!r:.80}, which is not in its folder",
+            expected="files beside the index",
+            advice="Move them there if you trust where they come from.",
+        )
+    if real == index.resolve():
+        raise damaged(index, "it names itself as a file with tensors")
+    return file
+
+
+def _require_same(index: Path, shard: str, names: set[str], found: StoredFile) -> None:
+    for missing, what in ((names - set(found), "is not in"), (set(found) - names, "is, against the index, in")):
+        if missing:
+            first = ", ".join(sorted(missing)[:8])
+            raise damaged(index, f"{first} {what} {shard}")
+
+
+def damaged(path: Path, why: str) -> CheckpointError:
+    """The error for a file that is no index, or a wrong one."""
+    return checking.damaged(path, why, "the index of a checkpoint in several files")
+
+
+def _file_names(index: Path, count: int) -> list[str]:
+    stem = index.name[: -len(ENDING)].removesuffix(".safetensors")
+    return [f"{stem}-{number:05}-of-{count:05}.safetensors" for number in range(1, count + 1)]
+
+
+def _index_text(names: Sequence[str], shards: Sequence[Sequence[Outgoing]]) -> bytes:
+    weight_map = {tensor.name: name for name, tensors in zip(names, shards, strict=True) for tensor in tensors}
+    total = sum(tensor.nbytes for tensors in shards for tensor in tensors)
+    content = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()

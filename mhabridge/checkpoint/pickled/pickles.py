@@ -1,0 +1,386 @@
+"""Reads a pickle without running it: our own loop over the opcodes of protocols 0 to 5, which makes inert records.
+
+No name is looked up and nothing is called, so there is nothing for a hostile file to reach. What it can still do is ask
+for memory and time: the number of operations, the length of numbers and texts, and every length against the file's
+own size are checked. Cycles and deep nesting are harmless here, since nothing recurses; whoever interprets the records
+has to bound that (see ``values``).
+
+The opcodes are those of CPython's ``pickletools``, but for extension codes and out-of-band buffers: no checkpoint has
+them.
+"""
+
+from __future__ import annotations
+
+import codecs
+import dataclasses
+import struct
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from mhabridge.checkpoint.pickled.inert import Made, Name, Node, Persistent, Slice, Table
+from mhabridge.checkpoint.storage.streams import DAMAGED, ByteStream
+from mhabridge.errors import CheckpointError
+
+MAX_OPCODES = 2_000_000  # a tensor takes about 30; each leaves at most about 130 bytes of memory behind
+MAX_NAMES = 20_000  # different ones; a checkpoint has some dozens
+MAX_INTEGER = 1024  # bytes
+MAX_LINE = 2048  # bytes of a name or a number written as text
+LONG_TEXT = 64 * 1024  # bytes; longer ones stay in the file
+MAX_TEXTS = 64 * 1024 * 1024  # bytes of all texts together
+
+
+@dataclasses.dataclass(frozen=True)
+class Loaded:
+    """What is in one pickle.
+
+    Args:
+        root: the object that it stands for, as inert records.
+        names: every name that it asks for, in order, also for what it throws away again.
+        ids: every persistent id, in order.
+    """
+
+    root: Node
+    names: tuple[Name, ...]
+    ids: tuple[Persistent, ...]
+
+
+def load(stream: ByteStream) -> Loaded:
+    """One pickle, up to its end mark; the stream is left behind that.
+
+    Args:
+        stream: where it starts. Offsets in ``Slice`` records count from the start of the stream's file.
+
+    Raises:
+        CheckpointError: it is no pickle, damaged, cut off, or larger than any checkpoint's.
+
+    Example:
+        >>> import pathlib, pickle, tempfile
+        >>> with tempfile.TemporaryFile() as file:
+        ...     _ = file.write(pickle.dumps([3, print], protocol=4)), file.flush()
+        ...     load(ByteStream(file.fileno(), pathlib.Path("example"))).root
+        [3, Name(module='builtins', name='print')]
+    """
+    machine = _Machine(stream)
+    start = stream.position
+    for _ in range(MAX_OPCODES):
+        code = stream.take(1)
+        if code == b".":
+            return Loaded(machine.result(start), tuple(machine.names), tuple(machine.ids))
+        step = _STEPS.get(code)
+        if step is None:
+            raise machine.damaged(f"the byte {code!r} where an operation of a pickle belongs")
+        try:
+            step(machine)
+        except (IndexError, KeyError, ValueError, TypeError, struct.error) as error:
+            raise machine.damaged(f"an operation {code!r} that does not fit ({error})") from error
+    raise CheckpointError(
+        str(stream.path),
+        given=f"a pickle of more than {MAX_OPCODES} operations",
+        expected="a checkpoint's",
+        advice="Save the state dict alone, as a safetensors file for instance.",
+    )
+
+
+class _Machine:
+    """The stack, the marks and the memo. Its methods are the operations; operands that are missing raise IndexError."""
+
+    def __init__(self, stream: ByteStream) -> None:
+        self.stream = stream
+        self.stack: list[Node] = []
+        self.outer: list[list[Node]] = []  # the stacks below the open marks
+        self.memo: dict[int, Node] = {}
+        self.names: dict[Name, None] = {}
+        self.ids: list[Persistent] = []
+        self.text_left = MAX_TEXTS
+
+    def damaged(self, given: str) -> CheckpointError:
+        where = self.stream.position
+        return CheckpointError(str(self.stream.path), given=f"{given}, before byte {where}", advice=DAMAGED)
+
+    def result(self, start: int) -> Node:
+        if len(self.stack) != 1 or self.outer:
+            raise self.damaged(f"a pickle (from byte {start} on) that ends with {len(self.stack)} values")
+        return self.stack[0]
+
+    # ---- reading operands
+
+    def number(self, form: str) -> Any:
+        return struct.unpack(form, self.stream.take(struct.calcsize(form)))[0]
+
+    def line(self) -> bytes:
+        return self.stream.line(MAX_LINE)
+
+    def text_at(self, offset: int, length: int, encoding: str) -> str | Slice:
+        if length > LONG_TEXT:
+            return Slice(offset, length, encoding)
+        self.text_left -= length
+        if self.text_left < 0:
+            raise ValueError(f"more than {MAX_TEXTS} bytes of text")
+        return self.stream.read_at(offset, length).decode(encoding)
+
+    def text(self, form: str) -> None:
+        length = self.number(form)
+        if length > LONG_TEXT:
+            self.stack.append(Slice(self.stream.skip(length), length, "utf-8"))
+            return
+        self.text_left -= length
+        if self.text_left < 0:
+            raise ValueError(f"more than {MAX_TEXTS} bytes of text")
+        self.stack.append(self.stream.take(length).decode("utf-8"))
+
+    def payload(self, form: str) -> None:
+        length = self.number(form)
+        self.stack.append(Slice(self.stream.skip(length), length))
+
+    def old_string(self, form: str) -> None:
+        """A string of Python 2: a name as a rule, but an array's bytes too."""
+        length = self.number(form)
+        offset = self.stream.skip(length)
+        try:
+            self.stack.append(self.text_at(offset, length, "utf-8") if length <= MAX_LINE else Slice(offset, length))
+        except UnicodeDecodeError:
+            self.stack.append(Slice(offset, length))
+
+    def quoted_string(self) -> None:
+        line = self.line().strip()
+        if len(line) < 2 or line[:1] not in b"'\"" or line[:1] != line[-1:]:
+            raise ValueError("a string without quotes")
+        self.stack.append(codecs.escape_decode(line[1:-1])[0].decode("utf-8"))
+
+    def escaped_text(self) -> None:
+        self.stack.append(self.text_at(*self.stream.skip_line(), "raw-unicode-escape"))
+
+    def integer_line(self) -> None:
+        line = self.line()
+        truths = {b"00": False, b"01": True}
+        self.stack.append(truths[line] if line in truths else int(line.rstrip(b"L")))
+
+    def float_line(self) -> None:
+        self.stack.append(float(self.line()))
+
+    def long(self, form: str) -> None:
+        length = self.number(form)
+        if not 0 <= length <= MAX_INTEGER:
+            raise ValueError(f"an integer of {length} bytes")
+        self.stack.append(int.from_bytes(self.stream.take(length), "little", signed=True))
+
+    def protocol(self) -> None:
+        if self.number("<B") > 5:
+            raise ValueError("an unknown protocol")
+
+    def frame(self) -> None:
+        length = self.number("<Q")
+        if length > self.stream.left:
+            raise ValueError(f"a frame of {length} bytes in {self.stream.left}")
+
+    # ---- the stack and the memo
+
+    def mark(self) -> None:
+        self.outer.append(self.stack)
+        self.stack = []
+
+    def marked(self) -> list[Node]:
+        """What was pushed since the last mark, which goes away."""
+        found, self.stack = self.stack, self.outer.pop()
+        return found
+
+    def push_marked(self, make: Callable[[list[Node]], Node]) -> None:
+        made = make(self.marked())
+        self.stack.append(made)
+
+    def pop(self) -> None:
+        if self.stack:
+            self.stack.pop()
+        else:
+            self.marked()
+
+    def drop_marked(self) -> None:
+        self.marked()
+
+    def duplicate(self) -> None:
+        self.stack.append(self.stack[-1])
+
+    def put(self, index: int) -> None:
+        if not 0 <= index <= MAX_OPCODES:
+            raise ValueError(f"a memo index of {index}")
+        self.memo[index] = self.stack[-1]
+
+    def get(self, index: int) -> None:
+        self.stack.append(self.memo[index])
+
+    # ---- making things
+
+    def named(self, module: str, name: str) -> Name:
+        found = Name(module, name)
+        self.names[found] = None
+        if len(self.names) > MAX_NAMES:
+            raise ValueError(f"more than {MAX_NAMES} names")
+        return found
+
+    def name(self) -> None:
+        self.stack.append(self.named(self.line().decode("utf-8"), self.line().decode("utf-8")))
+
+    def stacked_name(self) -> None:
+        name, module = self.stack.pop(), self.stack.pop()
+        if not (isinstance(name, str) and isinstance(module, str)):
+            raise ValueError("a name that is no text")
+        self.stack.append(self.named(module, name))
+
+    def refer(self, id: Node) -> None:
+        self.ids.append(Persistent(id))
+        self.stack.append(self.ids[-1])
+
+    def call(self) -> None:
+        args, function = self.stack.pop(), self.stack.pop()
+        self._make(function, args)
+
+    def call_with_keywords(self) -> None:
+        keywords, args, function = self.stack.pop(), self.stack.pop(), self.stack.pop()
+        self._make(function, args, keywords)
+
+    def old_instance(self) -> None:
+        name = self.named(self.line().decode("utf-8"), self.line().decode("utf-8"))
+        self._make(name, tuple(self.marked()))
+
+    def old_object(self) -> None:
+        function, *args = self.marked()
+        self._make(function, tuple(args))
+
+    def _make(self, function: Node, args: Node, keywords: Node = None) -> None:
+        if not isinstance(args, tuple):
+            raise ValueError("arguments that are no tuple")
+        if isinstance(keywords, Table) and not keywords.pairs:
+            keywords = None
+        self.stack.append(Made(function, args, keywords))
+
+    def build(self) -> None:
+        state, made = self.stack.pop(), self.stack[-1]
+        if not isinstance(made, Made):
+            raise ValueError("a state for something that has none")
+        if made.state is not None:
+            raise ValueError("two states for one object")
+        made.state = state
+
+    def append(self, items: list[Node]) -> None:
+        target = self.stack[-1]
+        if not isinstance(target, (list, Made)):
+            raise ValueError("items for something that is no list")
+        if isinstance(target, list):
+            target.extend(items)
+        else:
+            target.items = _grown(target.items, items)
+
+    def set_pairs(self, flat: list[Node]) -> None:
+        target = self.stack[-1]
+        if not isinstance(target, (Table, Made)):
+            raise ValueError("keys for something that is no dict")
+        target.pairs = _grown(target.pairs, _paired(flat))
+
+    def join(self, count: int) -> None:
+        if len(self.stack) < count:
+            raise IndexError("too few values")
+        self.stack[-count:] = [tuple(self.stack[-count:])]
+
+
+def _grown(have: Sequence[Node], more: list[Node]) -> list[Node]:
+    if not isinstance(have, list):
+        return [*have, *more]
+    have.extend(more)
+    return have
+
+
+def _paired(flat: list[Node]) -> list[tuple[Node, Node]]:
+    if len(flat) % 2:
+        raise ValueError("a key without a value")
+    return list(zip(flat[::2], flat[1::2], strict=True))
+
+
+_Step = Callable[[_Machine], None]
+_SET, _FROZENSET = Name("builtins", "set"), Name("builtins", "frozenset")
+
+
+def _push(make: Callable[[], Node]) -> _Step:
+    return lambda machine: machine.stack.append(make())
+
+
+def _operand(method: Callable[[_Machine, str], None], form: str) -> _Step:
+    return lambda machine: method(machine, form)
+
+
+def _number(form: str) -> _Step:
+    return lambda machine: machine.stack.append(machine.number(form))
+
+
+def _memo(method: Callable[[_Machine, int], None], form: str) -> _Step:
+    return lambda machine: method(machine, machine.number(form))
+
+
+def _two(machine: _Machine) -> list[Node]:
+    value, key = machine.stack.pop(), machine.stack.pop()
+    return [key, value]
+
+
+_STEPS: dict[bytes, _Step] = {
+    b"N": _push(lambda: None),
+    b"\x88": _push(lambda: True),
+    b"\x89": _push(lambda: False),
+    b")": _push(tuple),
+    b"]": _push(list),
+    b"}": _push(Table),
+    b"\x8f": _push(lambda: Made(_SET)),
+    b"J": _number("<i"),
+    b"K": _number("<B"),
+    b"M": _number("<H"),
+    b"G": _number(">d"),
+    b"I": _Machine.integer_line,
+    b"L": _Machine.integer_line,
+    b"F": _Machine.float_line,
+    b"\x8a": _operand(_Machine.long, "<B"),
+    b"\x8b": _operand(_Machine.long, "<i"),
+    b"S": _Machine.quoted_string,
+    b"T": _operand(_Machine.old_string, "<i"),
+    b"U": _operand(_Machine.old_string, "<B"),
+    b"V": _Machine.escaped_text,
+    b"X": _operand(_Machine.text, "<I"),
+    b"\x8c": _operand(_Machine.text, "<B"),
+    b"\x8d": _operand(_Machine.text, "<Q"),
+    b"B": _operand(_Machine.payload, "<I"),
+    b"C": _operand(_Machine.payload, "<B"),
+    b"\x8e": _operand(_Machine.payload, "<Q"),
+    b"\x96": _operand(_Machine.payload, "<Q"),
+    b"\x80": _Machine.protocol,
+    b"\x95": _Machine.frame,
+    b"(": _Machine.mark,
+    b"0": _Machine.pop,
+    b"1": _Machine.drop_marked,
+    b"2": _Machine.duplicate,
+    b"p": lambda machine: machine.put(int(machine.line())),
+    b"q": _memo(_Machine.put, "<B"),
+    b"r": _memo(_Machine.put, "<I"),
+    b"\x94": lambda machine: machine.put(len(machine.memo)),
+    b"g": lambda machine: machine.get(int(machine.line())),
+    b"h": _memo(_Machine.get, "<B"),
+    b"j": _memo(_Machine.get, "<I"),
+    b"c": _Machine.name,
+    b"\x93": _Machine.stacked_name,
+    b"R": _Machine.call,
+    b"\x81": _Machine.call,
+    b"\x92": _Machine.call_with_keywords,
+    b"i": _Machine.old_instance,
+    b"o": _Machine.old_object,
+    b"b": _Machine.build,
+    b"a": lambda machine: machine.append([machine.stack.pop()]),
+    b"e": lambda machine: machine.append(machine.marked()),
+    b"\x90": lambda machine: machine.append(machine.marked()),
+    b"s": lambda machine: machine.set_pairs(_two(machine)),
+    b"u": lambda machine: machine.set_pairs(machine.marked()),
+    b"l": lambda machine: machine.push_marked(list),
+    b"d": lambda machine: machine.push_marked(lambda flat: Table(_paired(flat))),
+    b"t": lambda machine: machine.push_marked(tuple),
+    b"\x91": lambda machine: machine.push_marked(lambda items: Made(_FROZENSET, (items,))),
+    b"\x85": lambda machine: machine.join(1),
+    b"\x86": lambda machine: machine.join(2),
+    b"\x87": lambda machine: machine.join(3),
+    b"Q": lambda machine: machine.refer(machine.stack.pop()),
+    b"P": lambda machine: machine.refer(machine.line().decode("utf-8")),
+}

@@ -1,0 +1,211 @@
+"""The attention layers of a checkpoint: where they are, in which layout, and their spec as far as it is known."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from mhabridge import layouts, packing
+from mhabridge.checkpoint.planning import configuration
+from mhabridge.checkpoint.planning.drafts import prefix_of
+from mhabridge.checkpoint.planning.sidecar import Specs, fields_of
+from mhabridge.checkpoint.storage.stored import StoredFile, StoredTensor, shapes_of
+from mhabridge.checkpoint.storage.views import View, parts_of
+from mhabridge.dtypes import FLOATS
+from mhabridge.errors import ArgumentError, CheckpointError, WeightsError
+from mhabridge.spec import MHASpec
+
+
+@dataclasses.dataclass(frozen=True)
+class Block:
+    """One attention layer of a checkpoint.
+
+    Args:
+        prefix: what goes before its tensors' own names.
+        layout: the layout that they have.
+        spec: the layer; num_heads is 1 when it is not known, which no shape depends on.
+        heads_known: whether num_heads is known.
+        names: its tensors' full names.
+        views: each canonical parameter, as a view of them.
+        notes: what was concluded.
+    """
+
+    prefix: str
+    layout: str
+    spec: MHASpec
+    heads_known: bool
+    names: tuple[str, ...]
+    views: dict[str, View]
+    notes: tuple[str, ...] = ()
+
+    def facts(self, layout: str) -> dict[str, Any]:
+        """What is to travel with a file that has this layer in a layout."""
+        fields = {**fields_of(self.spec), "layout": layout}
+        if not self.heads_known:
+            del fields["num_heads"]
+        return fields
+
+    def to_dict(self) -> dict[str, Any]:
+        """For people and JSON: the layout, the tensors and the spec, whose num_heads may be None."""
+        fields = self.spec.to_dict()
+        if not self.heads_known:
+            fields["num_heads"] = None
+        return {"prefix": self.prefix, "layout": self.layout, "tensors": list(self.names), "spec": fields}
+
+
+def find_blocks(
+    file: StoredFile,
+    tensors: Mapping[str, StoredTensor],
+    specs: Specs,
+    num_heads: int | None = None,
+    old_names: Mapping[str, str] | None = None,
+) -> list[Block]:
+    """Every attention layer among some tensors, in their order.
+
+    Args:
+        file: where they lie; the config.json beside it is read.
+        tensors: by the names that they shall be known by.
+        specs: what is known of each layer.
+        num_heads: of all layers; None to take it from what is known, or from config.json, or to leave it open.
+        old_names: their names in the file, where these differ.
+
+    Raises:
+        ArgumentError: a packed vector has several readings, the number of heads does not fit, or a spec is for a
+            layer that is not there.
+        CheckpointError: tensors of different dtypes in one layer, config.json is wrong, or what travels with the file
+            does not belong to it.
+        UnsupportedError: a layer that is no plain multi-head attention.
+        WeightsError: tensors that are not those of one layer.
+    """
+    prefixes = list(dict.fromkeys(layouts.prefixes(tensors) + layouts.prefixes(tensors, refused=True)))
+    own = _by_prefix(prefixes, tensors)
+    aliases = {prefix: (prefix, _old_prefix(prefix, own[prefix], old_names or {})) for prefix in prefixes}
+    _require_there(file, specs, {alias for both in aliases.values() for alias in both})
+    if not prefixes:
+        return []
+    config = configuration.read(file.path)
+    notes = configuration.require_plain(config)
+    finder = _Finder(num_heads, _stated(config))
+    if finder.heads is not None:
+        configuration.require_own_keys(config, finder.heads)
+    return [finder.known_block(prefix, own[prefix], specs, aliases[prefix], notes) for prefix in prefixes]
+
+
+def _by_prefix(prefixes: Iterable[str], tensors: Mapping[str, StoredTensor]) -> dict[str, dict[str, StoredTensor]]:
+    """The tensors below each prefix, by their full names."""
+    found: dict[str, dict[str, StoredTensor]] = {prefix: {} for prefix in prefixes}
+    for name, tensor in tensors.items():
+        pieces = name.split(".")
+        for depth in range(len(pieces)):
+            found.get(".".join(pieces[:depth]), {})[name] = tensor
+    return found
+
+
+def _old_prefix(prefix: str, own: Mapping[str, StoredTensor], old_names: Mapping[str, str]) -> str:
+    """What a prefix is in the file; itself when the user's rules did more than to change it."""
+    name = next(iter(own))
+    below = name[len(packing.join(prefix, "")) :]
+    old = prefix_of(old_names.get(name, name), below)
+    return prefix if old is None else old
+
+
+def incomplete(names: Iterable[str]) -> list[str]:
+    """Notes on tensors that hold several parameters of an attention layer, and are among no whole layer.
+
+    Example:
+        >>> incomplete(["attn.in_proj_weight", "fc.weight"])
+        ["attn.in_proj_weight: it looks like a part of an attention layer, without the layer's other tensors."]
+    """
+    packed = {tensor.name for layout in packing.every() for tensor in layout.tensors if len(tensor.parts) > 1}
+    return [
+        f"{name}: it looks like a part of an attention layer, without the layer's other tensors."
+        for name in names
+        if any(name == one or name.endswith(f".{one}") for one in packed)
+    ]
+
+
+def _require_there(file: StoredFile, specs: Specs, prefixes: set[str]) -> None:
+    """Every layer of which something is known must be there; those that are left out lie in the file all the same."""
+    for prefix in specs.by_prefix.keys() - prefixes:
+        if prefix in specs.stated:
+            raise ArgumentError(
+                "spec",
+                given=f"one for {prefix!r}",
+                expected="prefixes of attention layers: " + (", ".join(sorted(prefixes)[:8]) or "there is none"),
+            )
+        if not packing.below(prefix, file):
+            raise specs.stale(f"it speaks of a layer {prefix!r}, and there is none")
+
+
+def _stated(config: dict[str, Any]) -> int | None:
+    """The number of heads that config.json states, if it states one."""
+    try:
+        return configuration.num_heads(config, "")
+    except ArgumentError:
+        return None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Finder:
+    """Makes blocks of a checkpoint's tensors.
+
+    Args:
+        said: the number of heads that the user says.
+        configured: the one that config.json states.
+    """
+
+    said: int | None
+    configured: int | None
+
+    @property
+    def heads(self) -> int | None:
+        """What is known of all layers' heads."""
+        return self.configured if self.said is None else self.said
+
+    def known_block(
+        self, prefix: str, own: Mapping[str, StoredTensor], specs: Specs, aliases: tuple[str, ...], notes: list[str]
+    ) -> Block:
+        """The layer under a prefix, made of tensors below it."""
+        known = specs.of(*aliases)
+        try:
+            return self._block(prefix, own, known, notes)
+        except (ArgumentError, WeightsError) as error:
+            wrong_heads = isinstance(error, ArgumentError) and self.said is not None
+            if wrong_heads or not specs.travelling(*aliases):
+                raise
+            raise specs.stale(str(error)) from error
+
+    def _block(self, prefix: str, own: Mapping[str, StoredTensor], known: dict[str, Any], notes: list[str]) -> Block:
+        said = list(notes)
+        heads, layout = self._heads(prefix, known, said), known.pop("layout", None)
+        if layout is None:
+            layout = layouts.recognise(shapes_of(own), prefix, **known).layout
+        # What else lies there is not the layer's, and is carried like any tensor: recognising has refused what may be.
+        own_names = {packing.join(prefix, tensor.name) for tensor in packing.find(layout).tensors}
+        own = {name: tensor for name, tensor in own.items() if name in own_names}
+        dtype = _dtype(prefix, list(own.values()))
+        spec = layouts.spec_from_shapes(
+            layout, shapes_of(own), 1 if heads is None else heads, prefix, said, **{**known, "dtype": dtype}
+        )
+        views = parts_of(packing.find(layout), spec, packing.below(prefix, own))
+        return Block(prefix, layout, spec, heads is not None, tuple(own), views, tuple(said))
+
+    def _heads(self, prefix: str, known: dict[str, Any], notes: list[str]) -> int | None:
+        """What the user says, else what is known of this layer, else what config.json states."""
+        own: int | None = known.pop("num_heads", None)
+        if None not in (own, self.said) and own != self.said:
+            notes.append(f"{prefix}: num_heads={self.said} is given, and what is known of the layer says {own}.")
+        return next((heads for heads in (self.said, own, self.configured) if heads is not None), None)
+
+
+def _dtype(prefix: str, tensors: list[StoredTensor]) -> str:
+    found = sorted({tensor.dtype for tensor in tensors})
+    if len(found) == 1 and found[0] in FLOATS:
+        return found[0]
+    raise CheckpointError(
+        prefix or "the attention layer",
+        given="the dtypes " + ", ".join(found),
+        expected="one of " + ", ".join(FLOATS) + ", the same for all its tensors",
+        advice="Quantised weights have to be dequantised first; mixed ones brought to one dtype.",
+    )

@@ -1,0 +1,83 @@
+"""Plans the attention layers of a checkpoint: from the layout that they have to the one that they shall have."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from mhabridge import packing
+from mhabridge.checkpoint.planning.drafts import Check, Draft, Shape
+from mhabridge.checkpoint.planning.layers import Block
+from mhabridge.checkpoint.storage import views
+from mhabridge.checkpoint.storage.comparing import all_zero
+from mhabridge.checkpoint.storage.stored import StoredTensor
+from mhabridge.errors import WeightsError
+from mhabridge.packing import Layout, Tensor
+
+
+def plan_attention(draft: Draft, block: Block, layout_name: str) -> None:
+    """Bring one attention layer into a layout.
+
+    Raises:
+        UnsupportedError: the layout cannot hold such a layer.
+        WeightsError: a bias that the spec does not have is not zero, and would be lost.
+    """
+    layout, start = packing.find(layout_name), packing.find(block.layout)
+    _require_zeros(draft, block, start)
+    filled, holders = layout.filled(block.spec), _holders(block, start)
+    rule = f"attention: {block.layout} -> {layout.name}"
+    if start.tensors == layout.tensors and not filled.keys() ^ start.filled(block.spec).keys():
+        rule = f"attention: {layout.name}, as it is"
+    for tensor, parts in layout.active(block.spec):
+        zeros = [part for part in parts if part in filled]
+        more = f"; zeros for {', '.join(zeros)}, which it cannot be without" if zeros else ""
+        sources = list(dict.fromkeys(holders[part] for part in parts if part in holders))
+        _fill(draft, block, tensor, parts, filled, sources or list(block.names[:1]), rule + more)
+    draft.use(block.names)
+
+
+def _holders(block: Block, start: Layout) -> dict[str, str]:
+    """The full name of the source's tensor that holds each parameter."""
+    return {
+        part: packing.join(block.prefix, tensor.name)
+        for tensor, parts in start.active(block.spec)
+        for part in parts
+        if packing.join(block.prefix, tensor.name) in block.names
+    }
+
+
+def _fill(
+    draft: Draft,
+    block: Block,
+    tensor: Tensor,
+    parts: Mapping[str, Shape],
+    filled: Mapping[str, Shape],
+    sources: list[str],
+    rule: str,
+) -> None:
+    """One tensor of the target, and how its parts are held against the source."""
+    name = packing.join(block.prefix, tensor.name)
+    origins = [None if part in filled else block.views[part] for part in parts]
+    shapes = list(parts.values())
+    made = [
+        views.zeros(name, block.spec.dtype, shape) if origin is None else origin
+        for origin, shape in zip(origins, shapes, strict=True)
+    ]
+    draft.fill(sources, views.packed(draft.file, name, tensor.steps, made), rule)
+    for number, origin in enumerate(origins):
+
+        def view_of(stored: StoredTensor, number: int = number) -> StoredTensor:
+            return views.split(stored, tensor.steps, shapes)[number]
+
+        draft.checks.append(Check(name, view_of, origin))
+
+
+def _require_zeros(draft: Draft, block: Block, start: Layout) -> None:
+    """A bias that the source's layout has and the spec has not is lost, so it must be what it stands for."""
+    for part in start.filled(block.spec):
+        if part in block.views and not all_zero(draft.file, block.views[part]):
+            raise WeightsError(
+                f"{block.prefix}: {part}",
+                given="values other than zero, and a spec without it",
+                expected="zeros there",
+                advice=f"So that nothing is lost use a spec with {part}=True.",
+            )

@@ -1,0 +1,105 @@
+"""The checksums (CRC-32) that files keep of their own content, compared when somebody asks for it."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import zlib
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING
+
+from mhabridge.checkpoint.storage.blocks import Scratch
+from mhabridge.checkpoint.storage.files import Extent
+from mhabridge.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from mhabridge.checkpoint.storage.stored import StoredFile
+
+_PIECE = 256 * 1024  # bytes
+
+
+@dataclasses.dataclass(frozen=True)
+class Checksum:
+    """A CRC-32 that a file keeps.
+
+    Args:
+        of: what it is of, for messages; "" for the whole file.
+        parts: what it covers, in order: bytes of the file, and bytes that are known.
+        stated: what the file says that it is.
+        start: what it is before the first part.
+    """
+
+    of: str
+    parts: tuple[Extent | bytes, ...]
+    stated: int
+    start: int = 0
+
+
+def kept_by(file: StoredFile) -> list[Checksum]:
+    """All checksums that an open file has: of whole files, and one for each storage that tensors lie in."""
+    found = {
+        tensor.extents: Checksum(tensor.name, tensor.extents, tensor.checksum[1], tensor.checksum[0])
+        for tensor in file.values()
+        if tensor.checksum
+    }
+    return [*file.checksums, *found.values()]
+
+
+def require(file: StoredFile, checksum: Checksum, scratch: Scratch | None = None) -> None:
+    """Read what a checksum covers, and compare it.
+
+    Raises:
+        CheckpointError: it is another one.
+    """
+    buffer = (scratch or Scratch()).take(_PIECE).data
+    crc = checksum.start
+    for part in checksum.parts:
+        if isinstance(part, bytes):
+            crc = zlib.crc32(part, crc)
+            continue
+        for offset in range(0, part.length, _PIECE):
+            piece = buffer[: min(_PIECE, part.length - offset)]
+            file.fill_from(part, offset, piece)
+            crc = zlib.crc32(piece, crc)
+    if crc != checksum.stated:
+        raise CheckpointError(
+            f"{file.path}: {checksum.of}".removesuffix(": "),
+            given=f"content that cannot be read (its CRC-32 is {crc:08x})",
+            expected=f"bytes whose CRC-32 is {checksum.stated:08x}",
+            advice="The file is damaged: copy or download it again.",
+        )
+
+
+@contextlib.contextmanager
+def compared_meanwhile(file: StoredFile) -> Iterator[Callable[[], None]]:
+    """Compare all checksums of a file in another thread, while the block runs.
+
+    Yields:
+        What waits until that is done, and raises CheckpointError when one is wrong.
+    """
+    pool, scratch = ThreadPoolExecutor(1), Scratch()
+    waiting = [pool.submit(require, file, checksum, scratch) for checksum in kept_by(file)]
+
+    def wait() -> None:
+        for one in waiting:
+            one.result()
+
+    try:
+        yield wait
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def require_all(file: StoredFile) -> None:
+    """Compare all checksums of a file that was just opened; it is closed when one is wrong.
+
+    Raises:
+        CheckpointError: one is wrong.
+    """
+    try:
+        for checksum in kept_by(file):
+            require(file, checksum)
+    except CheckpointError:
+        file.close()
+        raise

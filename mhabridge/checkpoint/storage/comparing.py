@@ -1,0 +1,77 @@
+"""Whether two stored tensors have the same bits, read in pieces."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+
+import numpy as np
+
+from mhabridge.checkpoint.storage import transposing
+from mhabridge.checkpoint.storage.blocks import Scratch
+from mhabridge.checkpoint.storage.stored import StoredFile, StoredTensor, bytes_of
+
+_PIECE = 256 * 1024  # bytes of each side
+
+
+def same_bits(
+    mine: StoredFile, view: StoredTensor, theirs: StoredFile, other: StoredTensor, scratch: Scratch | None = None
+) -> bool:
+    """Whether two tensors (or views) have the same dtype, shape and bits; no checksum is looked at.
+
+    One of them may be transposed. Of others, only those that do not lie in the file as they are are read whole.
+
+    Args:
+        mine: the file of the first.
+        view: the first.
+        theirs: the file of the second.
+        other: the second.
+        scratch: memory to work in.
+
+    Raises:
+        CheckpointError: a file cannot be read.
+    """
+    if (view.dtype, view.shape) != (other.dtype, other.shape):
+        return False
+    view, other = (dataclasses.replace(one, checksum=None) for one in (view, other))
+    if view.plain and not other.plain:
+        mine, view, theirs, other = theirs, other, mine, view
+    if not other.plain:
+        return _equal(bytes_of(mine.words(view)), bytes_of(theirs.words(other)))
+    scratch = scratch or Scratch()
+    buffer, position = memoryview(bytearray(min(_PIECE, other.nbytes))), 0
+    for piece in _pieces(mine, view, scratch):
+        for start in range(0, len(piece), _PIECE):
+            part = piece[start : start + _PIECE]
+            theirs.fill(other, position + start, [buffer[: len(part)]])
+            if not _equal(part, buffer[: len(part)]):
+                return False
+        position += len(piece)
+    return True
+
+
+def _pieces(file: StoredFile, view: StoredTensor, scratch: Scratch) -> Iterator[memoryview]:
+    """A tensor's bytes in C order."""
+    matrix = transposing.source_of(view)
+    if matrix is not None:
+        yield from transposing.panels(file, matrix, scratch)
+    elif not view.plain:
+        yield bytes_of(file.words(view))
+    else:
+        buffer = scratch.take(min(_PIECE, view.nbytes)).data
+        for position in range(0, view.nbytes, _PIECE):
+            piece = buffer[: min(_PIECE, view.nbytes - position)]
+            file.fill(view, position, [piece])
+            yield piece
+
+
+def _equal(first: memoryview, second: memoryview) -> bool:
+    """Whether bytes are equal; ``==`` on memoryviews takes 35 times as long (measured)."""
+    return np.array_equal(np.frombuffer(first, np.uint8), np.frombuffer(second, np.uint8))
+
+
+def all_zero(file: StoredFile, view: StoredTensor) -> bool:
+    """Whether a tensor is all zeros, of either sign."""
+    words = file.words(view)
+    magnitude = np.array((1 << (8 * view.item_size - 1)) - 1, words.dtype)  # all but the sign
+    return not np.any(words & magnitude)

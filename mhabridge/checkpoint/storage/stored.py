@@ -1,0 +1,393 @@
+"""What an open checkpoint of any format looks like: named tensors that lie somewhere in files, not yet read.
+
+Every format's module turns a file into a ``StoredFile``; everything above (inspecting, planning, converting, comparing)
+knows no format. Bytes are read with ``pread`` into buffers of bounded size: pages of a mapped file would count as this
+process's memory, and a file that shrinks while it is mapped kills the process.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+from mhabridge import dtypes
+from mhabridge.checkpoint.storage import blocks
+from mhabridge.checkpoint.storage.checksums import Checksum
+from mhabridge.checkpoint.storage.files import Extent as Extent
+from mhabridge.checkpoint.storage.files import OpenFiles, after
+from mhabridge.checkpoint.storage.packed import Deflated
+from mhabridge.errors import CheckpointError
+
+# Bytes of a buffer. Larger ones fall out of the second-level cache, and writes of 256 KiB and more sometimes take
+# several times as long in the kernel (measured on ext4).
+CHUNK = 128 * 1024
+
+# Bytes of one element, for every dtype that some format can hold; None: not a whole number of bytes.
+ITEM_SIZES: dict[str, int | None] = {
+    **dict.fromkeys(("bool", "uint8", "int8", "float8_e4m3fn", "float8_e5m2"), 1),
+    **dict.fromkeys(("float8_e4m3fnuz", "float8_e5m2fnuz", "float8_e8m0fnu"), 1),
+    **dict.fromkeys(("float16", "bfloat16", "int16", "uint16"), 2),
+    **dict.fromkeys(("float32", "int32", "uint32"), 4),
+    **dict.fromkeys(("float64", "int64", "uint64", "complex64"), 8),
+    "complex128": 16,
+}
+_MOST_SHARED = 4 << 30  # bytes of all tensors, if it is more than a hundred times the file's
+NOT_IN_NUMPY = frozenset(name for name in ITEM_SIZES if name.startswith("float8"))
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredTensor:
+    """One named tensor of a checkpoint, as it lies in the file.
+
+    Args:
+        name: its full name, without the keys that the whole state dict is nested under.
+        dtype: a key of ``ITEM_SIZES``.
+        shape: of the tensor.
+        extents: where the storage's bytes lie, in order.
+        storage: what two tensors have in common that share their numbers (tied parameters, views of one buffer).
+        start: the first element's position in the storage, in elements.
+        strides: in elements; None for C order.
+        big_endian: the storage's byte order.
+        checksum: CRC-32 of the storage, where the format keeps one: what it is before the storage's first byte (not 0
+            when it also covers a header before that), and after its last.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    extents: tuple[Extent, ...]
+    storage: str
+    start: int = 0
+    strides: tuple[int, ...] | None = None
+    big_endian: bool = False
+    checksum: tuple[int, int] | None = None
+
+    @property
+    def size(self) -> int:
+        """The number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def item_size(self) -> int:
+        """Bytes of one element."""
+        return ITEM_SIZES[self.dtype] or 0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensor in C order."""
+        return self.size * self.item_size
+
+    @property
+    def plain(self) -> bool:
+        """Whether its bytes in C order, little-endian, lie in the file as they are."""
+        return (self.strides is None or self.size == 0) and (not self.big_endian or self.item_size == 1)
+
+    def plain_extents(self) -> Iterator[Extent]:
+        """Where the tensor's own bytes lie, in order; only for ``plain`` ones."""
+        skip, left = self.start * self.item_size, self.nbytes
+        for extent in self.extents:
+            here = min(max(extent.length - skip, 0), left)
+            if here:
+                yield Extent(extent.file, extent.offset + skip, here)
+            left -= here
+            skip = max(skip - extent.length, 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredObject:
+    """An entry of a checkpoint that is no tensor.
+
+    Args:
+        name: its full name.
+        text: what it is, for people: ``epoch = 3`` is "3", an optimizer's state "a dict of 5 entries".
+        value: the value, when JSON can hold it (None, bool, int, float, str, and lists and dicts of those).
+        inert: the names of the classes or functions that it would take to make it; empty for plain data.
+    """
+
+    name: str
+    text: str
+    value: Any = None
+    inert: tuple[str, ...] = ()
+
+
+class StoredFile(Mapping[str, StoredTensor]):
+    """An open checkpoint: its tensors by name, in the file's order. Use it in a ``with`` statement, or call ``close``.
+
+    Args:
+        path: what was opened: the file, or the index of a sharded one.
+        format: the format's name.
+        tensors: all of them.
+        objects: the entries that are no tensors.
+        metadata: what the format keeps beside the tensors (string to string).
+        nested: the keys under which the state dict was found, such as ("state_dict",).
+        files: the files that extents count; the path itself unless given. A packed one is unpacked when first read.
+        notes: what the reader noticed and people should know.
+        checksums: those of a whole file; those of single storages are in the tensors.
+
+    Raises:
+        CheckpointError: an extent goes beyond its file, or a file cannot be opened.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        format: str,
+        tensors: list[StoredTensor],
+        objects: tuple[StoredObject, ...] = (),
+        metadata: Mapping[str, str] | None = None,
+        nested: tuple[str, ...] = (),
+        files: tuple[Path | Deflated, ...] = (),
+        notes: tuple[str, ...] = (),
+        checksums: tuple[Checksum, ...] = (),
+    ) -> None:
+        self.path, self.format, self.objects, self.nested, self.notes = path, format, objects, nested, notes
+        self.metadata, self.checksums = dict(metadata or {}), checksums
+        self.files = files or (path,)
+        self._tensors = _by_name(path, tensors)
+        self._sound: set[tuple[Extent, ...]] = set()  # storages whose checksum was right
+        self._open = OpenFiles(self.files)
+        try:
+            self._check_extents()
+        except CheckpointError:
+            self.close()
+            raise
+
+    def __getitem__(self, name: str) -> StoredTensor:
+        return self._tensors[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+    def __enter__(self) -> StoredFile:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let go of the files."""
+        self._open.close()
+
+    def descriptor(self, extent: Extent) -> int:
+        """The open file that an extent lies in.
+
+        Raises:
+            CheckpointError: it had to be unpacked first, and is damaged.
+        """
+        return self._open.descriptor(extent.file)
+
+    def fill(self, tensor: StoredTensor, position: int, buffers: Sequence[memoryview]) -> None:
+        """Fill buffers with a plain tensor's bytes, from a position in it on; no checksum is looked at.
+
+        Raises:
+            CheckpointError: the file has become shorter since it was opened.
+        """
+        left = list(buffers)
+        for extent in tensor.plain_extents():
+            if position < extent.length and left:
+                here, left = _divided(left, extent.length - position)
+                self._open.fill(here, extent, position)
+            position = max(position - extent.length, 0)
+
+    def fill_from(self, extent: Extent, skip: int, buffer: memoryview) -> None:
+        """Fill a buffer with bytes of an extent, from the skipped ones on.
+
+        Raises:
+            CheckpointError: the file has become shorter since it was opened.
+        """
+        self._open.fill([buffer], extent, skip)
+
+    def chunks(self, tensor: StoredTensor, size: int = CHUNK) -> Iterator[memoryview]:
+        """The tensor's bytes in C order, little-endian, in pieces; each piece is valid until the next is asked for.
+
+        Raises:
+            CheckpointError: the file ends too early, or the storage's checksum is wrong.
+        """
+        if not tensor.plain:
+            yield bytes_of(self.words(tensor))
+            return
+        buffer = memoryview(bytearray(min(size, max(tensor.nbytes, 1))))
+        crc = tensor.checksum[0] if tensor.checksum else 0
+        for extent in tensor.plain_extents():
+            for offset in range(0, extent.length, len(buffer)):
+                piece = buffer[: min(len(buffer), extent.length - offset)]
+                self._open.fill([piece], extent, offset)
+                crc = zlib.crc32(piece, crc) if tensor.checksum else 0
+                yield piece
+        self._require_checksum(tensor, tensor.nbytes, crc)
+
+    def read(self, name: str) -> np.ndarray:
+        """One tensor as an array of its own; bfloat16 as ``ml_dtypes.bfloat16``.
+
+        Raises:
+            CheckpointError: the file ends too early, or NumPy has no such dtype.
+        """
+        tensor = self[name]
+        words = self.words(tensor)
+        if tensor.dtype == "bfloat16":
+            return dtypes.to_public(words.view(dtypes.BFLOAT16_WORDS))
+        if tensor.dtype in NOT_IN_NUMPY:
+            raise CheckpointError(
+                f"{self.path}: {name}",
+                given=f"dtype {tensor.dtype}, which NumPy does not have",
+                expected="bool, integers, or floats of 16 bits and more",
+                advice="Quantised weights have to be dequantised first, by the library that wrote them.",
+            )
+        return words.view(np.dtype(tensor.dtype))
+
+    def words(self, tensor: StoredTensor) -> np.ndarray:
+        """The tensor as unsigned integers of its item's size (complex128 as complex128), in C order."""
+        kind = words_of(tensor.dtype)
+        if tensor.plain:
+            array = np.empty(tensor.size, kind)
+            self.fill(tensor, 0, [bytes_of(array)])
+            self._sum_up(tensor, array)
+            return array.reshape(tensor.shape)
+        return blocks.contiguous(self._strided(tensor, kind))
+
+    def _strided(self, tensor: StoredTensor, kind: np.dtype[Any]) -> np.ndarray:
+        """A view of what lies between its first and last element; only that is read, unless a checksum is of all."""
+        strides = tensor.strides or _c_strides(tensor.shape)
+        whole = sum(extent.length for extent in tensor.extents) // tensor.item_size
+        span = 1 + sum((n - 1) * stride for n, stride in zip(tensor.shape, strides, strict=True)) if tensor.size else 0
+        summed = tensor.checksum is not None and tensor.extents not in self._sound
+        start, length = (0, whole) if summed else (tensor.start, span)
+        storage = np.empty(length, kind)
+        lying = dataclasses.replace(tensor, shape=(length,), start=start, strides=None, big_endian=False)
+        self.fill(lying, 0, [bytes_of(storage)])
+        if summed:  # once: thousands of views of one storage would read it thousands of times
+            self._sum_up(tensor, storage)
+            self._sound.add(tensor.extents)
+        if tensor.big_endian:
+            parts = np.dtype("complex64") if tensor.dtype == "complex64" else kind  # two numbers, each turned round
+            storage = storage.view(parts).byteswap().view(kind)
+        steps = tuple(stride * tensor.item_size for stride in strides)
+        first = storage[tensor.start - start :] if tensor.size else storage
+        return np.lib.stride_tricks.as_strided(first, tensor.shape, steps)
+
+    def _sum_up(self, tensor: StoredTensor, array: np.ndarray) -> None:
+        if tensor.checksum:
+            self._require_checksum(tensor, array.nbytes, zlib.crc32(bytes_of(array), tensor.checksum[0]))
+
+    def _require_checksum(self, tensor: StoredTensor, length: int, crc: int) -> None:
+        """The checksum covers the whole storage: it says nothing of a part of it."""
+        whole = length == sum(extent.length for extent in tensor.extents)
+        if tensor.checksum and whole and crc != tensor.checksum[1]:
+            raise CheckpointError(
+                f"{self.path}: {tensor.name}",
+                given=f"content that cannot be read (Bad CRC-32: {crc:08x})",
+                expected=f"bytes whose CRC-32 is {tensor.checksum[1]:08x}",
+                advice="The file is damaged: copy or download it again.",
+            )
+
+    def _check_extents(self) -> None:
+        sizes, reach = [self._open.size(number) for number in range(len(self.files))], 0
+        for tensor in self._tensors.values():
+            where = f"{self.path}: {tensor.name}"
+            if tensor.dtype not in ITEM_SIZES:
+                raise CheckpointError(where, given=f"dtype {tensor.dtype}", expected=", ".join(ITEM_SIZES))
+            for extent in tensor.extents:
+                if extent.offset < 0 or extent.length < 0 or extent.offset + extent.length > sizes[extent.file]:
+                    raise CheckpointError(
+                        where,
+                        given=f"{extent.length} bytes from {extent.offset} on in a file of {sizes[extent.file]} bytes",
+                        expected="bytes that are in the file",
+                        advice="The file is cut off or damaged: copy or download it again.",
+                    )
+            reach += _check_view(where, tensor) * tensor.item_size
+        if reach > max(_MOST_SHARED, 100 * sum(sizes)):
+            raise CheckpointError(
+                str(self.path),
+                given=f"tensors of {reach} bytes together in a file of {sum(sizes)}",
+                expected="tensors that share their numbers, if at all, with a few others",
+                advice="Save only one of the tensors that are views of the same numbers.",
+            )
+
+
+def words_of(dtype: str) -> np.dtype[Any]:
+    """Unsigned integers of the size of a dtype's items; complex128 for itself.
+
+    Example:
+        >>> words_of("bfloat16"), words_of("complex64")
+        (dtype('uint16'), dtype('uint64'))
+    """
+    size = ITEM_SIZES[dtype] or 0
+    return np.dtype(f"u{size}") if size <= 8 else np.dtype("complex128")
+
+
+def shapes_of(tensors: Mapping[str, StoredTensor]) -> dict[str, tuple[int, ...]]:
+    """The shapes of tensors, by name."""
+    return {name: tensor.shape for name, tensor in tensors.items()}
+
+
+def bytes_of(array: np.ndarray) -> memoryview:
+    """The memory of an array in C order, as bytes.
+
+    Example:
+        >>> list(bytes_of(np.array([1, 2], "<u2")))
+        [1, 0, 2, 0]
+    """
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
+
+
+def _by_name(path: Path, tensors: list[StoredTensor]) -> dict[str, StoredTensor]:
+    found: dict[str, StoredTensor] = {}
+    for tensor in tensors:
+        if tensor.name in found:
+            raise CheckpointError(
+                f"{path}: {tensor.name}", given="two tensors of this name", expected="one", advice="One would be lost."
+            )
+        found[tensor.name] = tensor
+    return found
+
+
+def _divided(buffers: list[memoryview], count: int) -> tuple[list[memoryview], list[memoryview]]:
+    """The first bytes of buffers, and what is left."""
+    for number, buffer in enumerate(buffers):
+        if count <= len(buffer):
+            return [*buffers[:number], buffer[:count]], after(buffers[number:], count)
+        count -= len(buffer)
+    return buffers, []
+
+
+def _check_view(where: str, tensor: StoredTensor) -> int:
+    """A view must lie inside its storage, and not be larger than that: else a small file could ask for any memory.
+
+    Returns:
+        From its first element to its last, how many there are in the storage.
+    """
+    length = sum(extent.length for extent in tensor.extents)
+    strides = _c_strides(tensor.shape) if tensor.strides is None else tensor.strides
+    whole = all(isinstance(n, int) and n >= 0 for n in (*tensor.shape, *strides, tensor.start))
+    if whole and len(strides) == len(tensor.shape):
+        last = tensor.start + sum((n - 1) * stride for n, stride in zip(tensor.shape, strides, strict=True))
+        if tensor.size == 0:
+            return 0
+        if (last + 1) * tensor.item_size <= length and tensor.nbytes <= length:
+            return max(last + 1 - tensor.start, tensor.size)
+    raise CheckpointError(
+        where,
+        given=f"shape {tensor.shape}, strides {tensor.strides} and start {tensor.start} in {length} bytes",
+        expected=f"a tensor of {tensor.dtype} inside its storage, and not larger than it",
+        advice="The file is damaged, or an expanded view was saved: save tensor.contiguous() instead.",
+    )
+
+
+def _c_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
+    strides, step = [], 1
+    for length in reversed(shape):
+        strides.append(step)
+        step *= max(length, 1)
+    return tuple(reversed(strides))
