@@ -9,6 +9,7 @@ This module also runs inside workers (Python 3.8).
 
 from __future__ import annotations
 
+import functools
 import inspect
 from typing import Any
 
@@ -127,5 +128,59 @@ def changed_methods(layer: Any, known: type) -> list[str]:
         >>> changed_methods(Odd(), Plain), changed_methods(Plain(), Plain)
         (['forward'], [])
     """
-    own = {name: value for name, value in vars(known).items() if callable(value) and not name.startswith("__")}
-    return [name for name in own if name in vars(layer) or inspect.getattr_static(type(layer), name) is not own[name]]
+    methods = _methods(known)
+    changed = methods.intersection(vars(layer))
+    if type(layer) is not known:  # most layers are it, and every call asks
+        own = vars(known)
+        changed |= {name for name in methods if inspect.getattr_static(type(layer), name, None) is not own[name]}
+    return sorted(changed)
+
+
+@functools.lru_cache(maxsize=64)
+def _methods(known: type) -> frozenset[str]:
+    return frozenset(name for name, value in vars(known).items() if callable(value) and not name.startswith("__"))
+
+
+def require_part(part: Any, path: str, method: str, *classes: type) -> Any:
+    """The part itself, which must be one of a framework's own and compute what that does.
+
+    Args:
+        part: a linear map, a dropout or a norm.
+        path: of the part.
+        method: the name of the method that computes: "forward" or "construct".
+        classes: what it may be; a subclass of one that computes the same will do.
+
+    Raises:
+        UnsupportedError: it is another one.
+    """
+    for known in classes:
+        own = getattr(type(part), method, None) is getattr(known, method)
+        if isinstance(part, known) and own and method not in vars(part):
+            return part
+    raise UnsupportedError(
+        path,
+        given=f"{type(part).__module__}.{type(part).__qualname__}",
+        expected=" or ".join(f"{known.__module__.partition('.')[0]}'s {known.__name__}" for known in classes),
+        advice="What it computes is not known, so it is not moved. The attentions can be, one by one.",
+    )
+
+
+def require_separate(parts: dict[str, Any]) -> None:
+    """Raise for parameters that two parts of a model share: they would be separate after the move.
+
+    Args:
+        parts: each parameter, by its path.
+
+    Raises:
+        UnsupportedError: two are one.
+    """
+    seen: dict[int, str] = {}
+    for path, part in parts.items():
+        other = seen.setdefault(id(part), path)
+        if other != path:
+            raise UnsupportedError(
+                path,
+                given=f"shared with {other}",
+                expected="parameters of its own",
+                advice="Shared ones would be separate afterwards: give each part a copy (copy.deepcopy) first.",
+            )

@@ -183,13 +183,19 @@ def placed(ops: Ops, sizes: masks.Sizes, key_padding_mask: Any, attn_mask: Any) 
         ArgumentError: a wrong shape.
         ArgumentTypeError: not a tensor of this framework.
     """
+    given = {"key_padding_mask": key_padding_mask, "attn_mask": attn_mask}
+    shapes = mask_shapes(ops, sizes, key_padding_mask, attn_mask)
+    return {name: ops.reshape(given[name], shape) for name, shape in shapes.items()}
+
+
+def mask_shapes(ops: Ops, sizes: masks.Sizes, key_padding_mask: Any, attn_mask: Any) -> dict[str, tuple[int, ...]]:
+    """The four axes of each mask that was given, by name; raises as ``placed`` does."""
     found = {}
     if key_padding_mask is not None:
-        shape = masks.padding_shape(_checked(ops, key_padding_mask, "key_padding_mask"), sizes)
-        found["key_padding_mask"] = ops.reshape(key_padding_mask, shape)
+        mask = _checked(ops, key_padding_mask, "key_padding_mask")
+        found["key_padding_mask"] = masks.padding_shape(mask, sizes)
     if attn_mask is not None:
-        shape = masks.attention_shape(_checked(ops, attn_mask, "attn_mask"), sizes)
-        found["attn_mask"] = ops.reshape(attn_mask, shape)
+        found["attn_mask"] = masks.attention_shape(_checked(ops, attn_mask, "attn_mask"), sizes)
     return found
 
 

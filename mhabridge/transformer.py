@@ -10,26 +10,25 @@ This module also runs inside workers (Python 3.8).
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import json
 import math
 import numbers
 import operator
-from collections.abc import Callable
-from typing import Any
+from typing import Any, Callable
 
 import numpy as np
 
 from mhabridge import mapping
 from mhabridge.errors import ArgumentError, ArgumentTypeError, UnsupportedError
-from mhabridge.live import Traits
 from mhabridge.spec import MHASpec
 
 KINDS = ("encoder_layer", "decoder_layer", "encoder", "decoder", "transformer")
 ACTIVATIONS = ("relu", "gelu")
 
-_ATTENTIONS = {"encoder_layer": ("self_attn",), "decoder_layer": ("self_attn", "multihead_attn")}
-_NORMS = {"encoder_layer": ("norm1", "norm2"), "decoder_layer": ("norm1", "norm2", "norm3")}
+# What each kind of layer has, by name.
+ATTENTIONS = {"encoder_layer": ("self_attn",), "decoder_layer": ("self_attn", "multihead_attn")}
+NORMS = {"encoder_layer": ("norm1", "norm2"), "decoder_layer": ("norm1", "norm2", "norm3")}
+LINEARS = ("linear1", "linear2")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,7 +124,7 @@ class TransformerSpec:
 
     def layers(self) -> dict[str, str]:
         """The path of every layer, in order, with its kind; a layer by itself has the path ""."""
-        if self.kind in _ATTENTIONS:
+        if self.kind in ATTENTIONS:
             return {"": self.kind}
         found = {}
         for part, count in (("encoder", self.num_encoder_layers), ("decoder", self.num_decoder_layers)):
@@ -135,11 +134,11 @@ class TransformerSpec:
 
     def attentions(self) -> tuple[str, ...]:
         """The path of every attention, in order."""
-        return tuple(join(path, name) for path, kind in self.layers().items() for name in _ATTENTIONS[kind])
+        return tuple(join(path, name) for path, kind in self.layers().items() for name in ATTENTIONS[kind])
 
     def norms(self) -> dict[str, float]:
         """The path of every layer norm, with its eps."""
-        found = {join(path, name): self.layer_norm_eps for path, kind in self.layers().items() for name in _NORMS[kind]}
+        found = {join(path, name): self.layer_norm_eps for path, kind in self.layers().items() for name in NORMS[kind]}
         for part, eps in (("encoder", self.encoder_norm_eps), ("decoder", self.decoder_norm_eps)):
             if eps is not None:
                 found[f"{part}.norm" if self.kind == "transformer" else "norm"] = eps
@@ -195,256 +194,6 @@ class TransformerSpec:
 
 
 @dataclasses.dataclass(frozen=True)
-class LayerParts:
-    """What an adapter reads off one native layer, before it is known to be a plain one.
-
-    Args:
-        path: of the layer in what it is part of.
-        kind: "encoder_layer" or "decoder_layer".
-        attentions: the spec of each attention, by its name in the layer.
-        dim_feedforward: features between the linear maps.
-        dropouts: the probability at every other place that drops, by name.
-        activation: "relu" or "gelu", or what it is instead.
-        eps: of each norm, by name.
-        norm_first: as in ``TransformerSpec``.
-        biases: whether each linear map and norm has one, by name.
-    """
-
-    path: str
-    kind: str
-    attentions: dict[str, MHASpec]
-    dim_feedforward: int
-    dropouts: dict[str, float]
-    activation: str
-    eps: dict[str, float]
-    norm_first: bool
-    biases: dict[str, bool]
-
-    def spec(self) -> TransformerSpec:
-        """The layer's spec.
-
-        Raises:
-            UnsupportedError: its parts differ where a plain layer's agree, or the activation is another one.
-        """
-        if self.activation not in ACTIVATIONS:
-            raise UnsupportedError(
-                join(self.path, "activation"),
-                given=self.activation,
-                expected=" or ".join(ACTIVATIONS),
-                advice="No other framework's layer has it; move the attention alone: " + self._attention_path(),
-            )
-        first = self.attentions["self_attn"]
-        spec = TransformerSpec(
-            self.kind,
-            first.embed_dim,
-            first.num_heads,
-            self.dim_feedforward,
-            self._alike("dropout", {**self.dropouts, "self_attn": first.dropout}),
-            self.activation,
-            self._alike("eps", self.eps),
-            self.norm_first,
-            self._alike("bias", {**self.biases, "self_attn": first.bias}),
-            first.batch_first,
-            dtype=first.dtype,
-        )
-        for name, attention in self.attentions.items():
-            if attention != spec.attention:
-                raise UnsupportedError(
-                    join(self.path, name),
-                    given=str(_difference(attention, spec.attention)),
-                    expected="the plain attention of a transformer layer, like its other parts",
-                    advice="Move the attention alone: " + self._attention_path(),
-                )
-        return spec
-
-    def _alike(self, what: str, values: dict[str, Any]) -> Any:
-        if len(set(values.values())) == 1:
-            return next(iter(values.values()))
-        raise UnsupportedError(
-            self.path or self.kind,
-            given=f"a {what} of " + ", ".join(f"{value} in {name}" for name, value in values.items()),
-            expected=f"one {what} in all of the layer, as its constructor gives it",
-            advice="Set it alike, or move the parts one by one.",
-        )
-
-    def _attention_path(self) -> str:
-        return f"mb.extract(model.{join(self.path, 'self_attn')})."
-
-
-def require_part(part: Any, path: str, method: str, *classes: type) -> Any:
-    """The part itself, which must be one of a framework's own and compute what that does.
-
-    Args:
-        part: a linear map, a dropout or a norm.
-        path: of the part.
-        method: the name of the method that computes: "forward" or "construct".
-        classes: what it may be; a subclass of one that computes the same will do.
-
-    Raises:
-        UnsupportedError: it is another one.
-    """
-    for known in classes:
-        own = inspect.getattr_static(type(part), method, None) is inspect.getattr_static(known, method)
-        if isinstance(part, known) and own and method not in vars(part):
-            return part
-    raise UnsupportedError(
-        path,
-        given=f"{type(part).__module__}.{type(part).__qualname__}",
-        expected=" or ".join(f"{known.__module__.partition('.')[0]}'s {known.__name__}" for known in classes),
-        advice="What it computes is not known, so it is not moved. The attentions can be, one by one.",
-    )
-
-
-def require_separate(parts: dict[str, Any]) -> None:
-    """Raise for parameters that two parts of a model share: they would be separate after the move.
-
-    Args:
-        parts: each parameter, by its path.
-
-    Raises:
-        UnsupportedError: two are one.
-    """
-    seen: dict[int, str] = {}
-    for path, part in parts.items():
-        other = seen.setdefault(id(part), path)
-        if other != path:
-            raise UnsupportedError(
-                path,
-                given=f"shared with {other}",
-                expected="parameters of its own",
-                advice="Shared ones would be separate afterwards: give each part a copy (copy.deepcopy) first.",
-            )
-
-
-@dataclasses.dataclass(frozen=True)
-class Norm:
-    """The norm behind a stack's last layer: its eps, and whether it has a bias."""
-
-    eps: float
-    bias: bool
-
-
-def read_spec(
-    model: Any,
-    kind_of: Callable[[Any, str], str],
-    parts_of: Callable[[Any, str, str], LayerParts],
-    norm_of: Callable[[Any, str], Norm],
-) -> TransformerSpec:
-    """The spec of a native layer or stack; all frameworks name its parts alike.
-
-    Args:
-        model: the layer or stack.
-        kind_of: the kind of a part, given it and its path; raises for one that is not the framework's own.
-        parts_of: what one layer is made of, given it, its kind and its path.
-        norm_of: a norm's facts, given it and its path.
-
-    Raises:
-        UnsupportedError: a part that is no plain one, or layers that differ.
-    """
-    kind = kind_of(model, "layer")
-    if kind in _ATTENTIONS:
-        return parts_of(model, kind, "").spec()
-    stacks = {"encoder": model.encoder, "decoder": model.decoder} if kind == "transformer" else {kind: model}
-    found: dict[str, list[LayerParts]] = {"encoder": [], "decoder": []}
-    norms = {}
-    for part, stack in stacks.items():
-        start = f"{part}." if kind == "transformer" else ""
-        _expect(kind_of(stack, part), part, part)
-        for number, layer in enumerate(stack.layers):
-            path = f"{start}layers.{number}"
-            _expect(kind_of(layer, path), f"{part}_layer", path)
-            found[part].append(parts_of(layer, f"{part}_layer", path))
-        if stack.norm is not None:
-            norms[part] = norm_of(stack.norm, f"{start}norm")
-    return stack_spec(kind, found["encoder"], found["decoder"], norms)
-
-
-def _expect(kind: str, wanted: str, path: str) -> None:
-    if kind != wanted:
-        raise UnsupportedError(path, given=f"a transformer's {kind}", expected=f"{wanted} there")
-
-
-def stack_spec(
-    kind: str, encoder: list[LayerParts], decoder: list[LayerParts], norms: dict[str, Norm]
-) -> TransformerSpec:
-    """The spec of a stack of layers.
-
-    Args:
-        kind: "encoder", "decoder" or "transformer".
-        encoder: its encoder layers.
-        decoder: its decoder layers.
-        norms: those behind the last layers, by "encoder" and "decoder".
-
-    Raises:
-        UnsupportedError: two layers differ, or a norm has a bias and the layers have none (or the other way round).
-    """
-    layers = [*encoder, *decoder]
-    if not layers:
-        raise UnsupportedError("layers", given="a stack without any layer", expected="at least one")
-    specs = [layer.spec().replace(kind="encoder_layer") for layer in layers]
-    for layer, spec in zip(layers, specs):
-        if spec != specs[0]:
-            raise UnsupportedError(
-                layer.path,
-                given=str(_difference(spec, specs[0])),
-                expected=f"a layer like {layers[0].path}: a stack's layers are alike",
-                advice="Move the layers one by one: mb.extract(model.layers[0]).",
-            )
-    for part, norm in norms.items():
-        if norm.bias != specs[0].bias:
-            raise UnsupportedError(
-                f"the {part}'s norm",
-                given=f"bias={norm.bias}, and its layers have bias={specs[0].bias}",
-                expected="both alike",
-                advice="Give the norm a bias of zeros, or take it away.",
-            )
-    return specs[0].replace(
-        kind=kind,
-        num_encoder_layers=len(encoder),
-        num_decoder_layers=len(decoder),
-        encoder_norm_eps=norms["encoder"].eps if "encoder" in norms else None,
-        decoder_norm_eps=norms["decoder"].eps if "decoder" in norms else None,
-    )
-
-
-@dataclasses.dataclass(frozen=True)
-class TransformerTraits:
-    """What a live transformer layer or stack has beyond its spec and weights.
-
-    Args:
-        training: dropout is active.
-        attention: the traits of each attention, by its path.
-        trainable: whether each other parameter, by its path, takes part in training.
-        device: the kind of device that it is on: "cpu" or "gpu".
-    """
-
-    training: bool
-    attention: dict[str, Traits]
-    trainable: dict[str, bool]
-    device: str = "cpu"
-
-
-def one_mode(modes: dict[str, bool]) -> bool:
-    """Whether all parts of a model are in training mode.
-
-    Args:
-        modes: the mode of each part, by name; the model's own is "".
-
-    Raises:
-        UnsupportedError: some are and some are not.
-    """
-    odd = [name for name, mode in modes.items() if mode != modes[""]]
-    if odd:
-        raise UnsupportedError(
-            ", ".join(odd[:8]),
-            given="evaluation mode in a model that trains" if modes[""] else "training mode in a model that does not",
-            expected="one mode in all of the model",
-            advice="Set one mode for all of it, and this one's again after it was moved.",
-        )
-    return modes[""]
-
-
-@dataclasses.dataclass(frozen=True)
 class NativeTransformer:
     """How a spec is said by a framework's own classes.
 
@@ -457,6 +206,30 @@ class NativeTransformer:
     spec: TransformerSpec
     kwargs: dict[str, Any]
     notes: tuple[str, ...]
+
+    def assemble(
+        self,
+        layer: Callable[[str], Any],
+        stack: Callable[[str, Any], Any],
+        whole: Callable[[Any, Any], Any],
+    ) -> Any:
+        """What the spec says, made by a framework's constructors.
+
+        Args:
+            layer: makes one of "encoder_layer" or "decoder_layer".
+            stack: makes an "encoder" or a "decoder" of such a layer.
+            whole: makes a transformer of an encoder and a decoder.
+
+        Example:
+            >>> form = native_transformer(TransformerSpec("encoder", 8, 2, num_encoder_layers=1), "torch", "2.0")
+            >>> form.assemble(lambda kind: kind, lambda part, layer: f"{part} of {layer}", lambda *parts: parts)
+            'encoder of encoder_layer'
+        """
+        if self.spec.kind in ATTENTIONS:
+            return layer(self.spec.kind)
+        parts = ("encoder", "decoder") if self.spec.kind == "transformer" else (self.spec.kind,)
+        made = [stack(part, layer(f"{part}_layer")) for part in parts]
+        return whole(made[0], made[1]) if self.spec.kind == "transformer" else made[0]
 
 
 def native_transformer(spec: TransformerSpec, framework: str, version: str) -> NativeTransformer:
@@ -515,11 +288,6 @@ def _eps(name: str, value: Any) -> float:
     if not 0.0 <= number < math.inf:
         raise ArgumentError(name, given=str(number), expected="a finite number of at least 0")
     return number
-
-
-def _difference(spec: Any, other: Any) -> str:
-    mine, theirs = spec.to_dict(), other.to_dict()
-    return ", ".join(f"{name}={mine[name]!r}" for name in mine if mine[name] != theirs[name])
 
 
 def join(path: str, name: str) -> str:

@@ -14,21 +14,11 @@ from typing import Any
 import mindspore
 import numpy as np
 
-from mhabridge.dropin import changed_methods
+from mhabridge import dropin
 from mhabridge.errors import UnsupportedError, WeightsError
-from mhabridge.transformer import (
-    LayerParts,
-    NativeTransformer,
-    Norm,
-    TransformerSpec,
-    TransformerTraits,
-    join,
-    native_transformer,
-    one_mode,
-    read_spec,
-    require_part,
-    require_separate,
-)
+from mhabridge.spec import MHASpec
+from mhabridge.transformer import NativeTransformer, TransformerSpec, native_transformer
+from mhabridge.transformer_reading import Linear, Norm, Reader, TransformerTraits, at, one_mode
 from mhabridge.transformer_weights import TransformerWeights, names_in
 
 from . import layers as attentions
@@ -48,7 +38,7 @@ CLASSES = {
 
 def is_layer(layer: Any) -> bool:
     """Whether this is one of MindSpore's transformer layers or stacks."""
-    return isinstance(layer, tuple(CLASSES.values()))
+    return READER.reads(layer)
 
 
 def extract(layer: Any) -> tuple[TransformerSpec, TransformerWeights]:
@@ -59,8 +49,8 @@ def extract(layer: Any) -> tuple[TransformerSpec, TransformerWeights]:
         WeightsError: parameters that such a layer does not have.
     """
     spec = spec_of(layer)
-    require_separate(
-        {path: _at(layer, path) for path in (*spec.attentions(), *names_in(FRAMEWORK, version(), spec).values())}
+    dropin.require_separate(
+        {path: at(layer, path) for path in (*spec.attentions(), *names_in(FRAMEWORK, version(), spec).values())}
     )
     named = {name: to_numpy(parameter) for name, parameter in layer.parameters_and_names()}
     return spec, TransformerWeights.from_layout(FRAMEWORK, named, spec, version())
@@ -68,7 +58,7 @@ def extract(layer: Any) -> tuple[TransformerSpec, TransformerWeights]:
 
 def spec_of(layer: Any) -> TransformerSpec:
     """What the layer or stack is."""
-    return read_spec(layer, _kind, _parts, _norm)
+    return READER.spec(layer)
 
 
 def build(
@@ -123,7 +113,7 @@ def traits(layer: Any) -> TransformerTraits:
     names = names_in(FRAMEWORK, version(), spec)
     return TransformerTraits(
         one_mode({name: bool(cell.training) for name, cell in layer.cells_and_names()}),
-        {path: attentions.traits(_at(layer, path)) for path in spec.attentions()},
+        {path: attentions.traits(at(layer, path)) for path in spec.attentions()},
         {path: bool(named[name].requires_grad) for path, name in names.items()},
         attentions.process_device(),
     )
@@ -138,64 +128,31 @@ def set_traits(layer: Any, wanted: TransformerTraits) -> None:
     spec = spec_of(layer)
     named = dict(layer.parameters_and_names())
     for path in spec.attentions():
-        attentions.set_traits(_at(layer, path), wanted.attention[path])
+        attentions.set_traits(at(layer, path), wanted.attention[path])
     for path, name in names_in(FRAMEWORK, version(), spec).items():
         named[name].requires_grad = wanted.trainable.get(path, False)  # a stand-in of zeros stays zero
     layer.set_train(wanted.training)
 
 
-def _kind(layer: Any, path: str) -> str:
-    for kind, native in CLASSES.items():
-        if isinstance(layer, native) and not changed_methods(layer, native):
-            return kind
-    raise UnsupportedError(
-        path,
-        given=f"{type(layer).__module__}.{type(layer).__qualname__}",
-        expected="one of MindSpore's own transformer layers, with its own construct",
-        advice="What it computes is not known. Move the attentions in it one by one.",
-    )
+def _attention(attention: Any) -> MHASpec:
+    attentions.require_plain(attention)
+    return attention_spec(attention)
 
 
-def _parts(layer: Any, kind: str, path: str) -> LayerParts:
-    names = ("self_attn",) if kind == "encoder_layer" else ("self_attn", "multihead_attn")
-    dropouts = ("dropout", "dropout1", "dropout2") + (("dropout3",) if len(names) == 2 else ())
-    for name in names:
-        attentions.require_plain(getattr(layer, name))
-    norms = {
-        name: _norm(getattr(layer, name), join(path, name)) for name in ("norm1", "norm2", "norm3")[: len(names) + 1]
-    }
-    linears = [_linear(layer, number, path) for number in (1, 2)]
-    return LayerParts(
-        path,
-        kind,
-        {name: attention_spec(getattr(layer, name)) for name in names},
-        int(linears[0].weight.shape[0]),
-        {name: _dropout(getattr(layer, name), join(path, name)) for name in dropouts},
-        _activation(layer.activation),
-        {name: norm.eps for name, norm in norms.items()},
-        layer.norm_first,
-        {
-            **{name: norm.bias for name, norm in norms.items()},
-            **{f"linear{n}": linear.bias is not None for n, linear in enumerate(linears, 1)},
-        },
-    )
-
-
-def _linear(layer: Any, number: int, path: str) -> Any:
-    name = f"dense{number}" if hasattr(layer, f"dense{number}") else f"linear{number}"
-    found = require_part(getattr(layer, name), join(path, name), "construct", mindspore.nn.Dense)
-    if getattr(found, "activation", None) is not None:
+def _linear(part: Any, path: str) -> Linear:
+    dropin.require_part(part, path, "construct", mindspore.nn.Dense)
+    if getattr(part, "activation", None) is not None:
         raise UnsupportedError(
-            join(path, name),
-            given=f"a Dense with the activation {found.activation}",
+            path,
+            given=f"a Dense with the activation {part.activation}",
             expected="one without",
             advice="No other framework's linear map has one.",
         )
-    return found
+    return Linear(int(part.weight.shape[0]), part.bias is not None)
 
 
 def _dropout(part: Any, path: str) -> float:
-    return float(require_part(part, path, "construct", mindspore.nn.Dropout).p)
+    return float(dropin.require_part(part, path, "construct", mindspore.nn.Dropout).p)
 
 
 def _norm(norm: Any, path: str) -> Norm:
@@ -218,40 +175,41 @@ def _activation(found: Any) -> str:
     return str(found)
 
 
+READER = Reader(
+    CLASSES,
+    "one of MindSpore's own transformer layers",
+    "construct",
+    _attention,
+    _linear,
+    _dropout,
+    _norm,
+    _activation,
+    {"linear1": "dense1", "linear2": "dense2"},  # in newer versions
+)
+
+
 def _made(form: NativeTransformer) -> Any:
-    spec = form.spec
-    if spec.kind in ("encoder_layer", "decoder_layer"):
-        return CLASSES[spec.kind](**form.kwargs)
-    if spec.kind != "transformer":
-        return _stack(form, spec.kind)
-    extra = {name: form.kwargs[name] for name in ("batch_first", "dtype") if name in form.kwargs}
-    encoder, decoder = _stack(form, "encoder"), _stack(form, "decoder")
-    return CLASSES["transformer"](
-        spec.embed_dim, spec.num_heads, custom_encoder=encoder, custom_decoder=decoder, **extra
-    )
+    def whole(encoder: Any, decoder: Any) -> Any:
+        extra = {name: form.kwargs[name] for name in ("batch_first", "dtype") if name in form.kwargs}
+        sizes = (form.spec.embed_dim, form.spec.num_heads)
+        return mindspore.nn.Transformer(*sizes, custom_encoder=encoder, custom_decoder=decoder, **extra)
+
+    return form.assemble(lambda kind: CLASSES[kind](**form.kwargs), functools.partial(_stack, form), whole)
 
 
-def _stack(form: NativeTransformer, part: str) -> Any:
+def _stack(form: NativeTransformer, part: str, layer: Any) -> Any:
     spec = form.spec
     eps = getattr(spec, f"{part}_norm_eps")
     norm = None
     if eps is not None:
         kind = {"dtype": form.kwargs["dtype"]} if "dtype" in form.kwargs else {}
         norm = mindspore.nn.LayerNorm((spec.embed_dim,), epsilon=eps, **kind)
-    count = getattr(spec, f"num_{part}_layers")
-    return CLASSES[part](CLASSES[f"{part}_layer"](**form.kwargs), count, norm=norm)
-
-
-def _at(model: Any, path: str) -> Any:
-    """A part by its path; the layers of a stack are in a list."""
-    return functools.reduce(
-        lambda part, name: part[int(name)] if name.isdigit() else getattr(part, name), path.split("."), model
-    )
+    return CLASSES[part](layer, getattr(spec, f"num_{part}_layers"), norm=norm)
 
 
 def _put(model: Any, path: str, spec: TransformerSpec) -> None:
     parent, _, name = path.rpartition(".")
-    owner = _at(model, parent) if parent else model
+    owner = at(model, parent)
     attention = MultiheadAttention(
         spec.embed_dim,
         spec.num_heads,

@@ -10,7 +10,6 @@ from mhabridge import dropin
 from mhabridge.live import Traits
 from mhabridge.native import native_form
 from mhabridge.spec import MHASpec
-from mhabridge.transformer import require_part
 from mhabridge.weights import MHAWeights
 
 from .dropin import MultiheadAttention
@@ -38,7 +37,7 @@ def extract(layer: torch.nn.MultiheadAttention) -> tuple[MHASpec, MHAWeights]:
 def require_plain(layer: Any) -> None:
     """Raise UnsupportedError for a subclass with a forward of its own."""
     dropin.require_plain(layer, "forward", torch.nn.MultiheadAttention, MultiheadAttention)
-    require_part(layer.out_proj, "out_proj", "forward", torch.nn.Linear)
+    dropin.require_part(layer.out_proj, "out_proj", "forward", torch.nn.Linear)
 
 
 def build(

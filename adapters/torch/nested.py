@@ -27,6 +27,14 @@ def is_nested(tensor: Any) -> bool:
     return bool(getattr(tensor, "is_nested", False))
 
 
+def among(*tensors: Any) -> bool:
+    """Whether any of a call's tensors is nested; a loop, because every call comes by."""
+    for tensor in tensors:  # noqa: SIM110
+        if getattr(tensor, "is_nested", False):
+            return True
+    return False
+
+
 def attend(
     layer: torch.nn.MultiheadAttention,
     inputs: tuple[Any, Any, Any],

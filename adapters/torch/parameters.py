@@ -2,40 +2,78 @@
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
 import numpy as np
 import torch
 
-from mhabridge.dropin import plain
+from mhabridge.dropin import plain, require_separate
 from mhabridge.errors import WeightsError
-from mhabridge.live import remembered_spec
 from mhabridge.spec import MHASpec
-from mhabridge.transformer import require_separate
 from mhabridge.weights import MHAWeights
 
 from .tensors import to_numpy, to_tensor
 
-_compiling = getattr(getattr(torch, "compiler", None), "is_compiling", bool)  # since 2.3
+compiling = getattr(getattr(torch, "compiler", None), "is_compiling", bool)  # since 2.3
 
 
 def spec_of(layer: torch.nn.MultiheadAttention) -> MHASpec:
     """What the layer is."""
-    # torch.compile warns about a cache and goes round it; and where a float is symbolic, no spec can be made.
-    if _compiling() and _is_as_made(layer):
+    if compiling() and _is_as_made(layer):
         return layer.made_of  # type: ignore[no-any-return]
-    return (MHASpec if _compiling() else remembered_spec)(
-        embed_dim=layer.embed_dim,
-        num_heads=layer.num_heads,
-        kdim=layer.kdim,
-        vdim=layer.vdim,
-        dropout=layer.dropout,
-        bias=layer.in_proj_bias is not None,
-        out_bias=layer.out_proj.bias is not None,
-        add_bias_kv=layer.bias_k is not None,
-        add_zero_attn=layer.add_zero_attn,
-        batch_first=getattr(layer, "batch_first", False),
-        dtype=layer.out_proj.weight.dtype,
-        **vars(layer).get("beyond", {}),
+    own = vars(layer)
+    out = layer.out_proj
+    # torch.compile warns about a cache and goes round it; and where a float is symbolic, no spec can be made.
+    beyond = own.get("beyond")
+    return (_spec if compiling() else _remembered_spec)(
+        layer.embed_dim,
+        layer.num_heads,
+        layer.kdim,
+        layer.vdim,
+        layer.dropout,
+        layer.in_proj_bias is not None,
+        out.bias is not None,
+        layer.bias_k is not None,
+        layer.add_zero_attn,
+        own.get("batch_first", False),  # since 1.9
+        out.weight.dtype,
+        tuple(beyond.items()) if beyond else (),
     )
+
+
+def _spec(
+    embed_dim: int,
+    num_heads: int,
+    kdim: int | None,
+    vdim: int | None,
+    dropout: float,
+    bias: bool,
+    out_bias: bool,
+    add_bias_kv: bool,
+    add_zero_attn: bool,
+    batch_first: bool,
+    dtype: Any,
+    beyond: tuple[tuple[str, Any], ...],
+) -> MHASpec:
+    return MHASpec(
+        embed_dim,
+        num_heads,
+        kdim,
+        vdim,
+        dropout,
+        bias,
+        out_bias=out_bias,
+        add_bias_kv=add_bias_kv,
+        add_zero_attn=add_zero_attn,
+        batch_first=batch_first,
+        dtype=dtype,
+        **dict(beyond),
+    )
+
+
+# By position: to look up a dozen names takes longer than all the rest.
+_remembered_spec = functools.lru_cache(maxsize=1024, typed=True)(_spec)
 
 
 def _is_as_made(layer: torch.nn.MultiheadAttention) -> bool:

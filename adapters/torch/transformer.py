@@ -13,22 +13,12 @@ from typing import Any
 
 import torch
 
-from mhabridge.dropin import changed_methods
+from mhabridge import dropin
 from mhabridge.errors import UnsupportedError
 from mhabridge.mapping import version_key
-from mhabridge.transformer import (
-    LayerParts,
-    NativeTransformer,
-    Norm,
-    TransformerSpec,
-    TransformerTraits,
-    join,
-    native_transformer,
-    one_mode,
-    read_spec,
-    require_part,
-    require_separate,
-)
+from mhabridge.spec import MHASpec
+from mhabridge.transformer import NativeTransformer, TransformerSpec, native_transformer
+from mhabridge.transformer_reading import Linear, Norm, Reader, TransformerTraits, at, one_mode
 from mhabridge.transformer_weights import TransformerWeights, names_in
 
 from . import layers as attentions
@@ -58,7 +48,7 @@ def gelu(x: torch.Tensor) -> torch.Tensor:
 
 def is_layer(layer: Any) -> bool:
     """Whether this is one of PyTorch's transformer layers or stacks."""
-    return isinstance(layer, tuple(CLASSES.values()))
+    return READER.reads(layer)
 
 
 def extract(layer: torch.nn.Module) -> tuple[TransformerSpec, TransformerWeights]:
@@ -69,14 +59,14 @@ def extract(layer: torch.nn.Module) -> tuple[TransformerSpec, TransformerWeights
         WeightsError: parameters that such a layer does not have.
     """
     spec = spec_of(layer)
-    require_separate(layer.state_dict(keep_vars=True))
+    dropin.require_separate(layer.state_dict(keep_vars=True))
     named = {name: to_numpy(tensor) for name, tensor in layer.state_dict().items()}
     return spec, TransformerWeights.from_layout(FRAMEWORK, named, spec)
 
 
 def spec_of(layer: torch.nn.Module) -> TransformerSpec:
     """What the layer or stack is."""
-    return read_spec(layer, _kind, _parts, _norm)
+    return READER.spec(layer)
 
 
 def build(
@@ -130,7 +120,7 @@ def traits(layer: torch.nn.Module) -> TransformerTraits:
     names = names_in(FRAMEWORK, version(), spec)
     return TransformerTraits(
         one_mode({name: module.training for name, module in layer.named_modules()}),
-        {path: attentions.traits(_at(layer, path)) for path in spec.attentions()},
+        {path: attentions.traits(at(layer, path)) for path in spec.attentions()},
         {path: named[name].requires_grad for path, name in names.items()},
         "cpu" if next(iter(named.values())).device.type == "cpu" else "gpu",
     )
@@ -141,7 +131,7 @@ def set_traits(layer: torch.nn.Module, wanted: TransformerTraits) -> None:
     spec = spec_of(layer)
     named = dict(layer.named_parameters())
     for path in spec.attentions():
-        attentions.set_traits(_at(layer, path), wanted.attention[path])
+        attentions.set_traits(at(layer, path), wanted.attention[path])
     for path, name in names_in(FRAMEWORK, version(), spec).items():
         named[name].requires_grad_(wanted.trainable.get(path, False))  # a stand-in of zeros stays zero
     layer.train(wanted.training)
@@ -149,44 +139,18 @@ def set_traits(layer: torch.nn.Module, wanted: TransformerTraits) -> None:
         layer.to("cuda")
 
 
-def _kind(layer: torch.nn.Module, path: str) -> str:
-    for kind, native in CLASSES.items():
-        if isinstance(layer, native) and not changed_methods(layer, native):
-            return kind
-    raise UnsupportedError(
-        path,
-        given=f"{type(layer).__module__}.{type(layer).__qualname__}",
-        expected="one of PyTorch's own transformer layers, with its own forward",
-        advice="What it computes is not known. Move the attentions in it one by one.",
-    )
+def _attention(attention: Any) -> MHASpec:
+    attentions.require_plain(attention)
+    return attention_spec(attention)
 
 
-def _parts(layer: torch.nn.Module, kind: str, path: str) -> LayerParts:
-    names = ("self_attn",) if kind == "encoder_layer" else ("self_attn", "multihead_attn")
-    dropouts = ("dropout", "dropout1", "dropout2") + (("dropout3",) if len(names) == 2 else ())
+def _linear(part: Any, path: str) -> Linear:
+    dropin.require_part(part, path, "forward", torch.nn.Linear)
+    return Linear(part.out_features, part.bias is not None)
 
-    def part(name: str, known: type) -> Any:
-        return require_part(getattr(layer, name), join(path, name), "forward", known)
 
-    for name in names:
-        attentions.require_plain(getattr(layer, name))
-    norms = {
-        name: _norm(getattr(layer, name), join(path, name)) for name in ("norm1", "norm2", "norm3")[: len(names) + 1]
-    }
-    return LayerParts(
-        path,
-        kind,
-        {name: attention_spec(getattr(layer, name)) for name in names},
-        part("linear1", torch.nn.Linear).out_features,
-        {name: part(name, torch.nn.Dropout).p for name in dropouts},
-        _activation(layer.activation),
-        {name: norm.eps for name, norm in norms.items()},
-        getattr(layer, "norm_first", False),  # since 1.10
-        {
-            **{name: norm.bias for name, norm in norms.items()},
-            **{name: part(name, torch.nn.Linear).bias is not None for name in ("linear1", "linear2")},
-        },
-    )
+def _dropout(part: Any, path: str) -> float:
+    return float(dropin.require_part(part, path, "forward", torch.nn.Dropout).p)
 
 
 def _norm(norm: Any, path: str) -> Norm:
@@ -215,26 +179,28 @@ def _activation(found: Any) -> str:
     return repr(found)
 
 
-def _made(form: NativeTransformer) -> torch.nn.Module:
-    spec = form.spec
-    if spec.kind in ("encoder_layer", "decoder_layer"):
-        return CLASSES[spec.kind](**form.kwargs)
-    if spec.kind != "transformer":
-        return _stack(form, spec.kind)
-    extra = {name: form.kwargs[name] for name in ("batch_first",) if name in form.kwargs}
-    encoder, decoder = _stack(form, "encoder"), _stack(form, "decoder")
-    return torch.nn.Transformer(spec.embed_dim, spec.num_heads, custom_encoder=encoder, custom_decoder=decoder, **extra)
+READER = Reader(
+    CLASSES, "one of PyTorch's own transformer layers", "forward", _attention, _linear, _dropout, _norm, _activation
+)
 
 
-def _stack(form: NativeTransformer, part: str) -> torch.nn.Module:
+def _stack(form: NativeTransformer, part: str, layer: torch.nn.Module) -> torch.nn.Module:
     spec, native = form.spec, CLASSES[part]
     eps = getattr(spec, f"{part}_norm_eps")
     norm = None
     if eps is not None:
         norm = torch.nn.LayerNorm(spec.embed_dim, eps=eps, **({} if spec.bias else {"bias": False}))
-    count = getattr(spec, f"num_{part}_layers")
     nested = {"enable_nested_tensor": False} if "enable_nested_tensor" in inspect.signature(native).parameters else {}
-    return native(CLASSES[f"{part}_layer"](**form.kwargs), count, norm=norm, **nested)
+    return native(layer, getattr(spec, f"num_{part}_layers"), norm=norm, **nested)
+
+
+def _made(form: NativeTransformer) -> torch.nn.Module:
+    def whole(encoder: torch.nn.Module, decoder: torch.nn.Module) -> torch.nn.Module:
+        extra = {name: form.kwargs[name] for name in ("batch_first",) if name in form.kwargs}
+        sizes = (form.spec.embed_dim, form.spec.num_heads)
+        return torch.nn.Transformer(*sizes, custom_encoder=encoder, custom_decoder=decoder, **extra)
+
+    return form.assemble(lambda kind: CLASSES[kind](**form.kwargs), functools.partial(_stack, form), whole)
 
 
 def _dropin_kwargs(spec: TransformerSpec) -> dict[str, Any]:
@@ -248,14 +214,9 @@ def _dropin_kwargs(spec: TransformerSpec) -> dict[str, Any]:
     }
 
 
-def _at(model: torch.nn.Module, path: str) -> Any:
-    """A part by its path (get_submodule came with 1.9)."""
-    return functools.reduce(getattr, path.split("."), model) if path else model
-
-
 def _put(model: torch.nn.Module, path: str, attention: MultiheadAttention) -> None:
     parent, _, name = path.rpartition(".")
-    owner = _at(model, parent)
+    owner = at(model, parent)
     attention.load_state_dict(getattr(owner, name).state_dict())
     attention.train(owner.training)
     setattr(owner, name, attention)

@@ -46,6 +46,7 @@ WORKER_MODULES = (
     "mhabridge.spec",
     "mhabridge.state",
     "mhabridge.transformer",
+    "mhabridge.transformer_reading",
     "mhabridge.transformer_weights",
     "mhabridge.weights",
 )
