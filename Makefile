@@ -62,6 +62,8 @@ demo: setup
 	$(BIN)/python examples/minilm.py
 	@echo
 	$(BIN)/python examples/checkpoints.py
+	@echo
+	@echo 'the report of the first part, to open in a browser: $(CURDIR)/build/minilm-report.html'
 
 test: setup $(SETUP2)
 	@echo '== without frameworks, on NumPy 2'
@@ -81,6 +83,7 @@ bench: setup
 	$(BIN)/python benchmarks/attending.py
 	$(BIN)/python benchmarks/transposing.py
 	$(BIN)/python benchmarks/converting.py
+	$(BIN)/python benchmarks/diffing.py
 
 docs: $(SETUP)
 	$(BIN)/python -m mhabridge.differences docs/api-mapping.md

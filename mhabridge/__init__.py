@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from mhabridge.dialects import translate_call as translate_call
     from mhabridge.diff import DiffReport as DiffReport
     from mhabridge.diff import diff as diff
+    from mhabridge.diff.checkpoints import diff_checkpoints as diff_checkpoints
+    from mhabridge.diff.recordings import diff_recordings as diff_recordings
     from mhabridge.errors import ArgumentError as ArgumentError
     from mhabridge.errors import ArgumentTypeError as ArgumentTypeError
     from mhabridge.errors import BackendError as BackendError
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
     from mhabridge.errors import UnsupportedError as UnsupportedError
     from mhabridge.errors import WeightsError as WeightsError
     from mhabridge.initial import manual_seed as manual_seed
+    from mhabridge.recording import record as record
     from mhabridge.spec import MHASpec as MHASpec
     from mhabridge.weights import MHAWeights as MHAWeights
 
@@ -62,6 +65,9 @@ _HOME = {
     "backend": "backends",
     "DiffReport": "diff",
     "diff": "diff",
+    "diff_checkpoints": "diff.checkpoints",
+    "diff_recordings": "diff.recordings",
+    "record": "recording",
     "MHABridgeError": "errors",
     "UnsupportedError": "errors",
     "WeightsError": "errors",

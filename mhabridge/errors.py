@@ -80,7 +80,12 @@ class CheckpointError(MHABridgeError):
 
 
 class BackendError(MHABridgeError):
-    """A backend is missing, broken, died or ran out of time."""
+    """A backend is missing, broken, died or ran out of time.
+
+    ``ending`` says how a worker that died ended ("SIGSEGV", "exit status 1"); it is empty for all else.
+    """
+
+    ending = ""
 
 
 class ArgumentError(MHABridgeError, ValueError):

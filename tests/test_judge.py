@@ -174,6 +174,34 @@ def test_no_false_alarm_on_small_tensors_and_large_scores(dtype: str, sizes: tup
             assert distance.ok, (seed, tensor, distance)
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+@pytest.mark.parametrize("embed_dim", [16, 128, 768, 2048])
+def test_at_every_width_rounding_passes_and_faults_do_not(embed_dim: int, dtype: str) -> None:
+    """Also one element that is negated, two heads that are permuted, and noise of one unit in the last place."""
+    spec = MHASpec(embed_dim, 4, dtype=dtype)
+    weights, arrays = material(spec)
+    prepared, exact = reference_answer(spec, weights, arrays)
+    limits = bounds(prepared, weights, named(exact), Accuracy(dtype))
+    answer = numpy_answer(spec, weights, arrays)
+    for name, array in named(exact).items():
+        found = dtypes.round_to(dtypes.to_float64(named(answer)[name]), dtype)
+        assert judge(found, array, limits[name], dtype).ok
+        unit = 2 * dtypes.UNIT_ROUNDOFF[dtype]
+        noisy = dtypes.round_to(dtypes.to_float64(found) * (1 + unit), dtype)
+        assert judge(noisy, array, limits[name], dtype).ok
+        assert judge(-found, array, limits[name], dtype).verdict == "off"
+        negated = np.array(found)
+        worst = np.unravel_index(np.argmax(np.abs(dtypes.to_float64(found))), found.shape)
+        negated[worst] = -negated[worst]
+        assert judge(negated, array, limits[name], dtype).verdict == "off"
+        assert judge(np.ascontiguousarray(found[..., ::-1]), array, limits[name], dtype).verdict == "off"
+    tree = {name: np.array(array) for name, array in weights.arrays().items()}
+    size = embed_dim // 4
+    tree["q_weight"] = np.roll(tree["q_weight"], size, axis=0)
+    wrong = numpy_answer(spec, MHAWeights(**tree), arrays)
+    assert judge(wrong.output, exact.output, limits["output"]).verdict == "off"
+
+
 def test_a_large_batch_element_excuses_nothing_in_a_small_one() -> None:
     spec = MHASpec(16, 4)
     weights, (query, key, value) = material(spec)

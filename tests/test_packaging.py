@@ -109,6 +109,9 @@ def test_the_wheel_has_the_library_its_tables_and_its_types(wheel: set[str]) -> 
     assert sources("mhabridge", ".py") <= wheel
     for folder, suffix in (("adapters", ".py"), ("mappings", ".toml"), ("mappings", ".py")):
         assert {f"mhabridge/{name}" for name in sources(folder, suffix)} <= wheel
+    templates = {str(path.relative_to(ROOT)) for path in (ROOT / "mhabridge/diff/page/templates").iterdir()}
+    assert templates
+    assert templates <= wheel
     assert "mhabridge/py.typed" in wheel
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in wheel)
 
@@ -149,3 +152,7 @@ def test_the_command_without_click_says_what_to_install_and_then_works(clean: Pa
     assert "mhabridge [OPTIONS] COMMAND" in succeed([command, "--help"], clean)
     assert "has_bias" in succeed([command, "mapping", "torch@1.8.1", "mindspore@2.3"], clean)
     assert "numpy" in succeed([command, "backends", "list"], clean)
+    page = run([command, "diff", "--backends", "numpy", "--html", "report.html"], clean)
+    assert page.returncode == 2
+    assert "pip install 'mhabridge[report]'" in page.stderr
+    assert not (clean / "report.html").exists()

@@ -152,7 +152,8 @@ class _Run:
         else:
             output, attention = self.forward()
         array = np.array(output.numpy())
-        weights = None if attention is None else np.array(attention.numpy())
+        # Of float16 its operator returns weights in float32; PyTorch's have the layer's dtype.
+        weights = None if attention is None else dtypes.round_to(attention.numpy(), self.spec.dtype)
         if weights is not None and not self.call.average_attn_weights:
             n, length, _ = self.call.query.shape
             weights = weights.reshape(n, self.spec.num_heads, length, -1)

@@ -208,12 +208,15 @@ class Process:
             self._end()
         stderr = self._session.stderr()
         self.close()
-        return BackendError(
+        died = BackendError(
             f"worker for {self.place.framework} ({self.place})",
             given=f"{self._ending(status, error)} {doing}",
             expected="an answer",
             advice=_advice(stderr, error, bool(self.place.ssh)),
         )
+        if self._limit_hit is None and status and "returncode" in status:
+            died.ending = _signal_or_status(status["returncode"], bool(self.place.ssh))
+        return died
 
     def _wait_for_status(self) -> dict[str, Any] | None:
         """What the launcher says about the end; a line is closed a little before that is written."""
@@ -250,14 +253,18 @@ def _how_it_ended(code: int, through_ssh: bool) -> str:
     """A wait status in words. Through ssh a signal shows as 128 + its number; 255 is ssh's own failure."""
     if through_ssh and code == 255:
         return "could not be reached: ssh failed"
+    how = _signal_or_status(code, through_ssh)
+    return f"ended with {how}" if how.startswith("exit status") else f"was killed by {how}"
+
+
+def _signal_or_status(code: int, through_ssh: bool) -> str:
     number = code - 128 if through_ssh and code > 128 else -code
     if number <= 0:
-        return f"ended with exit status {code}"
+        return f"exit status {code}"
     try:
-        name = signal.Signals(number).name
+        return signal.Signals(number).name
     except ValueError:
-        name = f"signal {number}"
-    return f"was killed by {name}"
+        return f"signal {number}"
 
 
 def _advice(stderr: str, error: Exception, through_ssh: bool) -> str:

@@ -1,13 +1,15 @@
-"""``mhabridge diff``: the same layer on several backends, judged against float64."""
+"""``mhabridge diff``: the same layer on several backends, judged against float64; and the group of the other diffs."""
 
 from __future__ import annotations
 
+import importlib
 import pathlib
 import sys
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from mhabridge.cli import outputs
 from mhabridge.mapping import FRAMEWORKS
 
 if TYPE_CHECKING:
@@ -20,14 +22,38 @@ EXAMPLES = """\b
 Examples:
   mhabridge diff --embed-dim 64 --num-heads 8 --masks padding+causal
   mhabridge diff --backends torch,megengine --dtype float16 --json
-  mhabridge diff --weights model.safetensors --prefix encoder.layer.0.attention
+  mhabridge diff --weights model.safetensors --prefix encoder.layer.0.attention --html report.html
+  mhabridge diff checkpoints model.pt converted.ckpt
+  mhabridge diff recordings torch.safetensors mindspore.safetensors
 """
-
-
 POSITIVE = click.IntRange(1)
+COMMANDS = {
+    "checkpoints": ("mhabridge.cli.diff_checkpoints", "Compare the weights of two checkpoints of any format."),
+    "recordings": ("mhabridge.cli.diff_recordings", "Compare two recorded runs; find the first divergence."),
+}
 
 
-@click.command(epilog=EXAMPLES)
+class DiffGroup(click.Group):
+    """``mhabridge diff`` by itself compares backends; what else can be compared is a command of its own."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """The commands' names, in the order of the table."""
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """The command, imported now."""
+        if cmd_name not in COMMANDS:
+            return None
+        command: click.Command = importlib.import_module(COMMANDS[cmd_name][0]).command
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """The list of commands in --help, from the table."""
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, line) for name, (_, line) in COMMANDS.items()])
+
+
+@click.group(cls=DiffGroup, invoke_without_command=True, epilog=EXAMPLES)
 @click.option("--backends", default=",".join(FRAMEWORKS), show_default=True, help="Names, joined by commas.")
 @click.option("--embed-dim", type=int, help="E.  [default: 64]")
 @click.option(
@@ -53,6 +79,7 @@ POSITIVE = click.IntRange(1)
 @click.option("--no-weights", is_flag=True, help="Do not ask for the attention weights.")
 @click.option("--per-head", is_flag=True, help="Compare the weights of each head, not their average.")
 @click.option("--grads", is_flag=True, help="Also compare gradients.")
+@click.option("--steps", type=click.IntRange(0), default=0, help="Also train every side for so many steps.")
 @click.option("--batch", type=POSITIVE, default=2, show_default=True, help="N.")
 @click.option("--target-length", type=POSITIVE, default=5, show_default=True, help="L.")
 @click.option("--source-length", type=POSITIVE, default=7, show_default=True, help="S.")
@@ -64,13 +91,17 @@ POSITIVE = click.IntRange(1)
     help="For random weights, inputs and masks.",
 )
 @click.option("--timeout", type=float, help="Seconds that a backend may take.")
-@click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
-def command(**options: Any) -> None:
+@outputs.options
+@click.pass_context
+def command(context: click.Context, /, **options: Any) -> None:
     """Run the same layer on several backends and judge the difference.
 
     Each answer is held against a float64 reference, by what rounding in the dtype justifies for this very computation.
     Exit code 0: rounding explains all; 1: a difference; 2: a backend could not be asked.
     """
+    if context.invoked_subcommand is not None:
+        _refuse_before(context)
+        return
     from mhabridge.diff import diff
     from mhabridge.diff.inputs import random_inputs, random_masks
 
@@ -83,17 +114,28 @@ def command(**options: Any) -> None:
         random_inputs(spec, options["seed"], **sizes),
         options["seed"],
         grads=options["grads"],
+        steps=options["steps"],
+        pictures=outputs.wants_pictures(options),
         need_weights=not options["no_weights"],
-        average_attn_weights=not options["per_head"],
+        average_attn_weights=not (options["per_head"] or outputs.wants_pictures(options)),
         fully_masked=options["fully_masked"],
         timeout=options["timeout"],
         **random_masks(options["masks"], spec, options["seed"], **sizes),
     )
-    if options["as_json"]:
-        click.echo(report.to_json())
-    else:
-        show(report, notes)
+    outputs.give(report, options, lambda: show(report, notes))
     sys.exit(report.exit_code)
+
+
+def _refuse_before(context: click.Context) -> None:
+    """An option before the name of another diff would go unheard."""
+    heard = [
+        name for name in context.params if context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE
+    ]
+    if heard:
+        option = "--" + heard[0].replace("_", "-")
+        raise click.UsageError(
+            f"{option} belongs to `mhabridge diff` itself; options of {context.invoked_subcommand} come after it."
+        )
 
 
 def _layer(options: dict[str, Any]) -> tuple[MHASpec, MHAWeights | None, list[str]]:
@@ -154,18 +196,18 @@ def _read(path: str) -> str:
 
 
 def show(report: DiffReport, notes: list[str]) -> None:
-    """Print the report as a table, with the worst pair and every reason below it."""
+    """Print the report as a table, with the worst pair, every reason and every diagnosis below it."""
     from mhabridge.cli.tables import VERDICTS, print_table
 
-    spec = report.spec
     rows = []
     for run in report.runs:
         entries = [entry for entry in report.entries if entry.backend == run.backend]
         rows += [_row(run, entry) for entry in entries]
         if not entries:
-            rows.append([run.backend, run.version, run.where, *[""] * 6, run.status])
-    title = f"E={spec.embed_dim} H={spec.num_heads} {report.dtype}, against the float64 reference"
-    print_table(_columns(), rows, title=title, styles=VERDICTS)
+            rows.append([run.backend, run.version, run.where, *[""] * 8, run.status])
+    spec = report.spec
+    layer = f"E={spec.embed_dim} H={spec.num_heads} " if spec else ""
+    print_table(_columns(), rows, title=f"{layer}{report.dtype}, against the float64 reference", styles=VERDICTS)
     for line in _words(report, notes):
         click.echo(line)
 
@@ -181,6 +223,8 @@ def _columns() -> list[Column]:
         Column("tensor"),
         Column("max error", "right"),
         Column("mean error", "right", drop=5),
+        Column("max relative", "right", drop=7),
+        Column("cosine", "right", drop=6),
         Column("of bound", "right"),
         Column("worst at", drop=4),
         Column("verdict"),
@@ -188,7 +232,7 @@ def _columns() -> list[Column]:
 
 
 def _row(run: Run, entry: Entry) -> list[str]:
-    distance = entry.distance
+    distance, comparison = entry.distance, entry.comparison
     return [
         run.backend,
         run.version,
@@ -197,20 +241,44 @@ def _row(run: Run, entry: Entry) -> list[str]:
         entry.tensor,
         f"{distance.max_error:.2e}",
         f"{distance.mean_error:.2e}",
+        f"{comparison.max_rel:.1e}",
+        f"{comparison.cosine:.6f}",
         f"{100 * max(distance.times_bound, distance.times_mean_bound):.0f} %",
         str(distance.index),
-        distance.verdict,
+        comparison.verdict,
     ]
 
 
 def _words(report: DiffReport, notes: list[str]) -> list[str]:
-    pair = report.worst_pair
     lines = []
-    if pair:
-        lines.append(
-            f"worst pair: {pair.first} and {pair.second} differ by {pair.max_difference:.2e} in {pair.tensor} "
-            f"at {pair.index} ({pair.values[0]:.7g}, {pair.values[1]:.7g})"
-        )
+    if report.worst_pair:
+        lines.append(f"worst pair: {_pair_in_words(report.worst_pair)}")
     lines += [f"{entry.backend} {entry.tensor}: {entry.distance.reason}" for entry in report.entries if not entry.ok]
     lines += [f"{run.backend} {run.status}: {run.reason}" for run in report.runs if run.reason]
+    lines += [f"{each.side}: {each.words}" for each in report.diagnoses]
+    lines += [f"  mend: {fault.mend}" for each in report.diagnoses for fault in each.faults]
+    lines += steps_in_words(report)
     return [*lines, *notes, "verdict: " + ("rounding explains every difference" if report.ok else "NOT ok")]
+
+
+def _pair_in_words(pair: Entry) -> str:
+    found = pair.comparison
+    return (
+        f"{pair.first} and {pair.second} differ by {found.max_abs:.2e} in {pair.tensor} "
+        f"at {found.index} ({found.values[0]:.7g}, {found.values[1]:.7g})"
+    )
+
+
+def steps_in_words(report: DiffReport) -> list[str]:
+    """One line for each two sides that were trained: where they part, or that they stay together."""
+    lines = []
+    for sides in dict.fromkeys((step.first, step.second) for step in report.steps):
+        steps = [step for step in report.steps if (step.first, step.second) == sides]
+        parted = next((step for step in steps if not step.explained), None)
+        last = parted or steps[-1]
+        found = f"part at step {last.step}" if parted else f"stay together over {len(steps)} steps"
+        lines.append(
+            f"trained, {sides[0]} and {sides[1]} {found}: {last.apart:.2e} apart, where one rounding of the weights "
+            f"grows to {last.grown:.2e} ({last.tensor}: {last.times:.3g} times)"
+        )
+    return lines

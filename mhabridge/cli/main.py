@@ -23,7 +23,7 @@ except ImportError:  # pragma: no cover - proved by a test in a clean environmen
     sys.exit(2)
 
 from mhabridge import __version__
-from mhabridge.errors import MHABridgeError
+from mhabridge.errors import BackendError, MHABridgeError
 
 TRACEBACK = "MHABRIDGE_TRACEBACK"
 _LINES = "\n\t"  # a worker's own words may have several
@@ -31,7 +31,8 @@ COMPLETION = "_MHABRIDGE_COMPLETE"
 # name -> (module with a click command called `command`, its line in --help)
 COMMANDS = {
     "backends": ("mhabridge.cli.backends", "List, add, install, remove and check backends."),
-    "diff": ("mhabridge.cli.diff", "Run the same layer on several backends and judge the difference."),
+    "diff": ("mhabridge.cli.diff", "Judge the difference between backends, checkpoints or recorded runs."),
+    "record-kit": ("mhabridge.cli.record_kit", "Write the one file that records a run where nothing can be installed."),
     "convert": ("mhabridge.cli.convert", "Convert checkpoints to another format or framework, and prove it."),
     "inspect": ("mhabridge.cli.inspect", "Show what is in a checkpoint."),
     "fingerprint": ("mhabridge.cli.fingerprint", "Print hashes that are equal for equal weights in any layout."),
@@ -119,7 +120,9 @@ def explain(error: BaseException, code: int = 2) -> int:
         else:
             from mhabridge.cli.tables import printable
 
-            click.echo(f"mhabridge: {printable(_message(error), keep=_LINES)}", err=True)
+            # Only a worker's words have lines of their own: elsewhere they are a part of somebody's file or name.
+            keep = _LINES if isinstance(error, BackendError) else ""
+            click.echo(f"mhabridge: {printable(_message(error), keep=keep)}", err=True)
     return code
 
 

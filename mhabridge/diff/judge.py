@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ class Distance:
     Args:
         verdict: "equal" (the reference rounded to the dtype, bit for bit), "rounding" (inside both bounds), "off"
             (outside one), or "broken" (missing, another shape or dtype, NaN or inf where the reference has none).
-        reason: in words, for "off" and "broken".
+        reason: in words, for "off" and "broken"; for others what is worth knowing.
         max_error: largest absolute error, over the finite elements; NaN when nothing can be compared.
         mean_error: mean absolute error.
         times_bound: the largest error as a multiple of its bound; at most 1 passes.
@@ -41,9 +42,8 @@ class Distance:
     bound: float = float("nan")
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields by name; NaN (nothing to compare) becomes None, so that it is JSON."""
-        fields = dataclasses.asdict(self)
-        return {name: None if item != item else item for name, item in fields.items()}
+        """The fields by name, as JSON can hold them: NaN (nothing to compare) becomes None, an infinity a word."""
+        return {name: plain_number(item) for name, item in dataclasses.asdict(self).items()}
 
     @property
     def ok(self) -> bool:
@@ -51,10 +51,28 @@ class Distance:
         return self.verdict in ("equal", "rounding")
 
 
-def judge(array: np.ndarray | None, exact: np.ndarray, bound: Bound) -> Distance:
+def plain_number(item: Any) -> Any:
+    """A value that JSON can hold: NaN becomes None, an infinity "inf" or "-inf".
+
+    Example:
+        >>> [plain_number(x) for x in (1.5, float("nan"), float("-inf"), "text")]
+        [1.5, None, '-inf', 'text']
+    """
+    if not isinstance(item, float) or math.isfinite(item):
+        return item
+    return None if math.isnan(item) else str(item)
+
+
+def judge(array: np.ndarray | None, exact: np.ndarray, bound: Bound, dtype: str = "") -> Distance:
     """Hold a tensor against the float64 reference.
 
     Nothing is broadcast, and no NaN passes unless the reference has it there.
+
+    Args:
+        array: the tensor; None if it is missing.
+        exact: the reference's.
+        bound: what rounding justifies.
+        dtype: that the tensor should have; "" for any floating one.
 
     Example:
         >>> bound = Bound(np.array([1e-6]), 1e-6)
@@ -67,8 +85,8 @@ def judge(array: np.ndarray | None, exact: np.ndarray, bound: Bound) -> Distance
         return Distance("broken", "missing")
     if array.shape != exact.shape:
         return Distance("broken", f"shape {array.shape}, expected {exact.shape}")
-    if dtypes.name_of(array) not in dtypes.FLOATS:
-        return Distance("broken", f"dtype {array.dtype}, expected a float dtype")
+    if dtypes.name_of(array) not in ((dtype,) if dtype else dtypes.FLOATS):
+        return Distance("broken", f"dtype {dtypes.name_of(array)}, expected {dtype or 'a float dtype'}")
     values = dtypes.to_float64(array)
     strange = np.isfinite(values) != np.isfinite(exact)
     strange |= np.isnan(values) != np.isnan(exact)
@@ -87,7 +105,7 @@ def _broken(values: np.ndarray, exact: np.ndarray, strange: np.ndarray) -> Dista
 def _measure(array: np.ndarray, values: np.ndarray, exact: np.ndarray, bound: Bound) -> Distance:
     finite = np.isfinite(exact)
     if not finite.any():
-        return Distance("equal", max_error=0.0, mean_error=0.0, times_bound=0.0, times_mean_bound=0.0)
+        return Distance("equal", _expected_nan(exact), 0.0, 0.0, 0.0, 0.0)
     each = np.broadcast_to(bound.each, exact.shape)
     error = np.where(finite, np.abs(np.where(finite, values, 0.0) - np.where(finite, exact, 0.0)), 0.0)
     mean = float(error[finite].mean())
@@ -98,7 +116,7 @@ def _measure(array: np.ndarray, values: np.ndarray, exact: np.ndarray, bound: Bo
     nearest = dtypes.to_float64(dtypes.round_to(exact, dtypes.name_of(array)))
     return Distance(
         "equal" if not reason and np.array_equal(values, nearest, equal_nan=True) else verdict,
-        reason,
+        reason or _expected_nan(exact),
         float(error.max()),
         mean,
         float(times[worst]),
@@ -108,6 +126,12 @@ def _measure(array: np.ndarray, values: np.ndarray, exact: np.ndarray, bound: Bo
         float(exact[worst]),
         float(each[worst]),
     )
+
+
+def _expected_nan(exact: np.ndarray) -> str:
+    """What is said of NaN that belongs where it is."""
+    count = int(np.isnan(exact).sum())
+    return f"{count} elements are NaN, as in the reference (fully masked rows)" if count else ""
 
 
 def _ratio(error: np.ndarray, bound: np.ndarray) -> np.ndarray:

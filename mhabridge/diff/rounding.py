@@ -125,13 +125,24 @@ def bounds(
     for _ in range(SAMPLES):
         result = reference.attend(prepared.spec, weights, prepared.call, arithmetic=arithmetic)
         samples.append(named(restore(prepared, result)))
-    unit = dtypes.UNIT_ROUNDOFF[expected.dtype]
+    return bounds_of(exact, samples, expected.dtype)
+
+
+def bounds_of(exact: dict[str, np.ndarray], samples: list[dict[str, np.ndarray]], dtype: str) -> dict[str, Bound]:
+    """What rounding justifies, for each tensor, from samples of the same computation with other rounding errors.
+
+    Args:
+        exact: the tensors by name, float64.
+        samples: the same ones, each time with other errors (``noisy``); at least two.
+        dtype: that they were computed in.
+    """
+    unit = dtypes.UNIT_ROUNDOFF[dtype]
     found = {}
     for name, array in exact.items():
-        magnitude = np.where(np.isfinite(array), np.maximum(np.abs(array), SMALLEST_NORMAL[expected.dtype]), 0.0)
+        magnitude = np.where(np.isfinite(array), np.maximum(np.abs(array), SMALLEST_NORMAL[dtype]), 0.0)
         largest = magnitude.max(initial=0.0) if name.startswith("grads.") else _rows(np.max, magnitude)
         bound = _bound(array, [sample[name] for sample in samples], FLOOR * unit * largest, unit * magnitude)
-        found[name] = Bound(2.0 * bound.each, 2.0 * bound.mean) if expected.dtype == "float64" else bound
+        found[name] = Bound(2.0 * bound.each, 2.0 * bound.mean) if dtype == "float64" else bound
     return found
 
 

@@ -1,0 +1,286 @@
+"""Two stored tensors beside each other, read in pieces: what they hold is compared, whatever way round it lies.
+
+Memory is bounded: pieces of 256 KiB of each side, and sheets of matrices that lie transposed, 144 MiB of these in all
+threads together. Checksums are not looked at: where a file is damaged, its numbers differ.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator
+
+import numpy as np
+
+from mhabridge import dtypes
+from mhabridge.checkpoint.storage import blocks, transposing
+from mhabridge.checkpoint.storage.blocks import Scratch
+from mhabridge.checkpoint.storage.stored import StoredFile, StoredTensor, bytes_of, words_of
+from mhabridge.diff.comparing import Comparison, Measure, decide, same_bits
+
+PIECE = 65536  # elements: of two sides and what is made of them, all fits into a second-level cache
+_THREADS = 168 << 20  # bytes in memory at a time, in all threads together: of these transposed matrices and
+_THREAD = 12 << 20  # what each thread has beside them
+_SHEET = 72 << 20  # of one of them: a matrix of 4096 x 4096 float32 is read whole, which is faster
+_PARTS = {"complex64": "float32", "complex128": "float64"}
+_READERS = 4  # sheets at a time where a diff is explained, beside what is left of comparing
+_SMALL = 4 << 20  # bytes of a matrix that is turned at once
+_COLUMNS = 4096  # more are turned one part after the other
+_SLICE = 4 << 20  # bytes of what is otherwise strided
+
+
+@dataclasses.dataclass(frozen=True)
+class Side:
+    """One side of a comparison: a tensor, or a view of one, and the open file that it lies in."""
+
+    file: StoredFile
+    tensor: StoredTensor
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the tensor."""
+        return self.tensor.shape
+
+    @property
+    def dtype(self) -> str:
+        """Of the tensor, by name."""
+        return self.tensor.dtype
+
+    @property
+    def identity(self) -> tuple[object, ...]:
+        """What two tensors have in common that are the same numbers of one file; of empty ones nothing is."""
+        one = self.tensor
+        strides = one.strides or _c_strides(one.shape)
+        steps = tuple(step for step, size in zip(strides, one.shape, strict=True) if size > 1)
+        sizes = tuple(size for size in one.shape if size > 1)
+        return (one.storage, one.start, steps, sizes, one.dtype, "" if one.size else one.name)
+
+    def turned(self) -> Side:
+        """The same matrix with its axes swapped."""
+        one = self.tensor
+        shape, strides = one.shape[::-1], (one.strides or _c_strides(one.shape))[::-1]
+        plain = strides == _c_strides(shape)
+        return Side(self.file, dataclasses.replace(one, shape=shape, strides=None if plain else strides))
+
+    def pieces(self, scratch: Scratch | None = None) -> Iterator[np.ndarray]:
+        """All elements in C order, as arrays of one axis, each valid until the next is asked for."""
+        stream = _Stream(self, scratch or Scratch(), sheet_size(_READERS))
+        left = self.tensor.size
+        while left:
+            count = min(stream.ready(), PIECE)
+            yield stream.take(count)
+            left -= count
+
+
+@dataclasses.dataclass
+class Found:
+    """What was measured of two tensors or of a stretch of them.
+
+    Args:
+        measure: the differences.
+        rounded: whether one is the other rounded to its narrower dtype, as far as was seen.
+    """
+
+    measure: Measure
+    rounded: bool
+
+    def join(self, later: Found) -> None:
+        """Add what was found in the stretch that follows."""
+        self.measure.join(later.measure)
+        self.rounded = self.rounded and later.rounded
+
+
+def sheet_size(threads: int) -> int:
+    """How much of a matrix that lies transposed each of several threads may have in memory.
+
+    Example:
+        >>> sheet_size(4) >> 20
+        30
+    """
+    return min(_SHEET, max(_THREADS // threads - _THREAD, _SLICE))
+
+
+def measure(
+    first: Side,
+    second: Side,
+    scratch: tuple[Scratch, Scratch],
+    sheet: int,
+    start: int = 0,
+    count: int | None = None,
+) -> Found:
+    """Measure two tensors of equal size, or a stretch of them.
+
+    Args:
+        first: one.
+        second: the other; its elements in C order belong to those of the first, whatever its shape.
+        scratch: memory to work in, for each.
+        sheet: bytes of a matrix that lies transposed to have in memory.
+        start: the first element of the stretch; other than 0 only where both lie in their files as they are.
+        count: of elements; None for all.
+
+    Raises:
+        CheckpointError: a file cannot be read.
+    """
+    complex_ones = [one.dtype.startswith("complex") for one in (first, second)]
+    found = Found(Measure(), first.dtype != second.dtype and {first.dtype, second.dtype} <= set(dtypes.FLOATS))
+    if any(complex_ones) and first.dtype != second.dtype:
+        return found  # broken whatever they hold
+    one, other = _Stream(first, scratch[0], sheet, start), _Stream(second, scratch[1], sheet, start)
+    left = first.tensor.size - start if count is None else count
+    while left:
+        here = min(one.ready(), other.ready(), PIECE, left)
+        a, b = one.take(here), other.take(here)
+        found.measure.add(a, b)
+        found.rounded = found.rounded and _rounded(a, b)
+        left -= here
+    if any(complex_ones):
+        _halve(found.measure)
+    return found
+
+
+def _halve(measure: Measure) -> None:
+    """Complex numbers are measured by their parts, two for each element."""
+    measure.elements //= 2
+    measure.worst = None if measure.worst is None else measure.worst // 2
+    measure.strange = None if measure.strange is None else measure.strange // 2
+
+
+def alike(first: Side, second: Side) -> tuple[Side, Side]:
+    """Both the way round that is read fastest: what lies transposed in both files is compared as it lies."""
+    if first.shape == second.shape and not (first.tensor.plain or second.tensor.plain):
+        sources = transposing.source_of(first.tensor), transposing.source_of(second.tensor)
+        if None not in sources:
+            return first.turned(), second.turned()
+    return first, second
+
+
+def verdict(first: Side, second: Side, found: Found, turned: bool) -> Comparison:
+    """The verdict on two tensors whose elements were measured.
+
+    Args:
+        first: one.
+        second: the other, of the same shape or one of the same elements.
+        found: of them, or of both turned.
+        turned: which of these.
+    """
+    other = dataclasses.replace(second.tensor, shape=first.shape)
+    if turned:
+        one = decide(
+            first.turned().tensor, Side(second.file, other).turned().tensor, found.measure, rounded=found.rounded
+        )
+        index = None if one.index is None else one.index[::-1]
+        return dataclasses.replace(one, shapes=(first.shape, second.shape), index=index)
+    one = decide(first.tensor, other, found.measure, rounded=found.rounded)
+    return dataclasses.replace(one, shapes=(first.shape, second.shape))
+
+
+def _rounded(a: np.ndarray, b: np.ndarray) -> bool:
+    """Whether one is the other rounded to its narrower dtype."""
+    narrow, wide = sorted((a, b), key=lambda array: -dtypes.UNIT_ROUNDOFF[dtypes.name_of(array)])
+    if wide.dtype != np.float32:
+        return same_bits(dtypes.round_to(wide, dtypes.name_of(narrow)), narrow)
+    with np.errstate(over="ignore", invalid="ignore"):
+        return same_bits(wide.astype(narrow.dtype), narrow)
+
+
+class _Stream:
+    """A tensor's elements in C order, as many at a time as are asked for.
+
+    Args:
+        side: the tensor.
+        scratch: memory to work in.
+        sheet: bytes of a matrix that lies transposed to have in memory.
+        start: the first element; other than 0 only for plain ones.
+    """
+
+    def __init__(self, side: Side, scratch: Scratch, sheet: int, start: int = 0) -> None:
+        self.file, self.tensor = side.file, dataclasses.replace(side.tensor, checksum=None)
+        self.kind, self.at = words_of(self.tensor.dtype), start
+        self.plain = self.tensor.plain
+        self._buffer = np.empty(min(PIECE, self.tensor.size) if self.plain else 0, self.kind)
+        self._pieces = iter(()) if self.plain else _strided(self.file, self.tensor, scratch, sheet)
+        self._piece = np.empty(0, self.kind)
+
+    def ready(self) -> int:
+        """How many elements can be taken at once; at least one, if one is left."""
+        if self.plain:
+            return self.tensor.size - self.at
+        while not len(self._piece):
+            self._piece = next(self._pieces)
+        return len(self._piece)
+
+    def take(self, count: int) -> np.ndarray:
+        """The next elements, in the tensor's dtype; valid until the next are taken."""
+        if self.plain:
+            found = self._buffer[:count]
+            self.file.fill(self.tensor, self.at * self.tensor.item_size, [bytes_of(found)])
+        else:
+            found, self._piece = self._piece[:count], self._piece[count:]
+        self.at += count
+        return typed(found, self.tensor.dtype)
+
+
+def typed(words: np.ndarray, dtype: str) -> np.ndarray:
+    """Words as numbers. What NumPy and ml_dtypes do not have stays words; complex numbers are measured by their parts.
+
+    Example:
+        >>> typed(np.array([0x3F80], "u2"), "bfloat16")
+        array([1], dtype=bfloat16)
+    """
+    if dtype.startswith(("bfloat16", "float8")):
+        import ml_dtypes
+
+        kind = getattr(ml_dtypes, dtype, None)
+        found = words if kind is None else words.view(kind)
+        return found if dtype == "bfloat16" or kind is None else found.astype(np.float32)
+    return words.view(_PARTS.get(dtype, dtype))
+
+
+def _strided(file: StoredFile, tensor: StoredTensor, scratch: Scratch, sheet: int) -> Iterator[np.ndarray]:
+    """The words of a tensor that does not lie in the file as it is."""
+    matrix = transposing.source_of(tensor)
+    if matrix is None:
+        yield from _slices(file, tensor)
+        return
+    if matrix.plain and matrix.nbytes <= _SMALL:
+        yield _turned_whole(file, matrix, scratch)
+        return
+    count, length = matrix.shape
+    stride = (matrix.strides or matrix.shape[1:])[0]
+    width = max(min(sheet // max(count * matrix.item_size, 1), length), 1)
+    for first in range(0, length, width):
+        shape = (count, min(width, length - first))
+        strides = None if shape[1] == stride else (stride, 1)
+        part = dataclasses.replace(matrix, shape=shape, start=matrix.start + first, strides=strides)
+        for panel in transposing.panels(file, part, scratch):
+            yield np.frombuffer(panel, words_of(tensor.dtype))
+
+
+def _turned_whole(file: StoredFile, matrix: StoredTensor, scratch: Scratch) -> np.ndarray:
+    """A small matrix, read at once: for each of its rows a call would take longer than one more copy."""
+    kind = words_of(matrix.dtype)
+    size, work = matrix.nbytes, blocks.scratch_size(min(matrix.shape[1], _COLUMNS), matrix.item_size)
+    memory = scratch.take(2 * size + work)
+    rows, out = memory[:size], memory[size : 2 * size].view(kind)
+    file.fill(matrix, 0, [rows.data])
+    turned = out.reshape(matrix.shape[::-1])
+    blocks.transpose_into(rows.view(kind).reshape(matrix.shape), turned, memory[2 * size :])
+    return out
+
+
+def _slices(file: StoredFile, tensor: StoredTensor) -> Iterator[np.ndarray]:
+    """By the first axis, where a slice of it lies together in the file; else all at once."""
+    strides = tensor.strides or _c_strides(tensor.shape)
+    if not tensor.shape or strides[0] != max(strides):
+        yield file.words(tensor).reshape(-1)
+        return
+    row = math.prod(tensor.shape[1:])
+    step = max(1, _SLICE // max(row * tensor.item_size, 1))
+    for first in range(0, tensor.shape[0], step):
+        shape = (min(step, tensor.shape[0] - first), *tensor.shape[1:])
+        part = dataclasses.replace(tensor, shape=shape, start=tensor.start + first * strides[0], strides=strides)
+        yield file.words(part).reshape(-1)
+
+
+def _c_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))

@@ -1,0 +1,99 @@
+"""Compares many pairs of stored tensors, in several threads: reading and adding up both let go of the interpreter."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import os
+import threading
+from collections.abc import Callable, Iterator, Sequence
+
+from mhabridge.checkpoint.storage.blocks import Scratch
+from mhabridge.diff.checkpoints import streaming
+from mhabridge.diff.checkpoints.streaming import Found, Side
+from mhabridge.diff.comparing import Comparison
+from mhabridge.errors import ArgumentError
+
+Progress = Callable[[int, int], None]
+MOST_WORKERS = 4  # threads; more would wait for memory
+_STRETCH = 8 << 20  # elements that one thread takes of a large tensor
+_memory = threading.local()
+
+
+def compare_all(
+    pairs: Sequence[tuple[Side, Side]], workers: int | None = None, progress: Progress | None = None
+) -> list[Comparison]:
+    """The verdict on each pair; both of one are of equal size.
+
+    Args:
+        pairs: of tensors.
+        workers: threads; None for as many as there are processors, at most ``MOST_WORKERS``.
+        progress: called with the bytes done and the bytes in all.
+
+    Raises:
+        ArgumentError: workers is no number of threads.
+        CheckpointError: a file cannot be read.
+    """
+    count = _count(workers)
+    ways = [streaming.alike(*pair) for pair in pairs]
+    tasks = [(number, *stretch) for number, way in enumerate(ways) for stretch in _stretches(*way)]
+    done, whole = 0, sum(one.tensor.nbytes + other.tensor.nbytes for one, other in pairs)
+    results: list[Found | None] = [None] * len(pairs)
+    for (number, _, elements), found in zip(tasks, _measured(ways, tasks, count), strict=True):
+        kept = results[number]
+        if kept is None:
+            results[number] = found
+        else:
+            kept.join(found)
+        done += elements * sum(side.tensor.item_size for side in pairs[number])
+        if progress is not None:
+            progress(done, whole)
+    return [
+        streaming.verdict(*pair, found, turned=way != pair)
+        for pair, way, found in zip(pairs, ways, results, strict=True)
+        if found is not None
+    ]
+
+
+def _count(workers: int | None) -> int:
+    if workers is None:
+        return min(
+            len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, MOST_WORKERS
+        )
+    if isinstance(workers, bool) or not isinstance(workers, int) or workers < 1:
+        raise ArgumentError("workers", given=repr(workers), expected="a number of threads, or None")
+    return workers
+
+
+def _stretches(first: Side, second: Side) -> Iterator[tuple[int, int]]:
+    """Where each task starts, and how many elements it has: tensors that lie as they are can be divided."""
+    size = first.tensor.size
+    step = _STRETCH if first.tensor.plain and second.tensor.plain else max(size, 1)
+    for start in range(0, max(size, 1), step):
+        yield start, min(step, size - start)
+
+
+def _measured(
+    ways: Sequence[tuple[Side, Side]], tasks: Sequence[tuple[int, int, int]], workers: int
+) -> Iterator[Found]:
+    sheet = streaming.sheet_size(workers)
+
+    def one(task: tuple[int, int, int]) -> Found:
+        number, start, count = task
+        return streaming.measure(*ways[number], _scratches(), sheet, start, count)
+
+    if workers == 1:
+        yield from map(one, tasks)
+        return
+    pool = concurrent.futures.ThreadPoolExecutor(workers)
+    try:
+        yield from pool.map(one, tasks)
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _scratches() -> tuple[Scratch, Scratch]:
+    """Memory of this thread."""
+    kept: dict[str, tuple[Scratch, Scratch]] = _memory.__dict__
+    if "scratches" not in kept:
+        kept["scratches"] = Scratch(), Scratch()
+    return kept["scratches"]
