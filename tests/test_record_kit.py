@@ -1,0 +1,130 @@
+"""The record kit: one file that stands alone, also on Python 3.8, and the command that writes it."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mhabridge import mapping
+from mhabridge.errors import ArgumentError
+from mhabridge.recording import kit
+from mhabridge.recording.contents import open_contents
+from tests import test_worker_calls
+
+python38 = test_worker_calls.python38  # the fixture: an interpreter with NumPy 1.23 and nothing else
+
+# Without a framework: its adapter is the plain one of the tests, as PyTorch's would be.
+STANDS_ALONE = """
+import sys
+sys.path[:0] = sys.argv[1:3]
+import mhabridge_record as kit
+assert sys.modules.keys() & {"numpy", "torch"} == set(), "nothing is imported before it is needed"
+record = kit.record
+root = "mhabridge_record_parts"
+import importlib
+Recorder, Options = (getattr(importlib.import_module(root + ".recording.recorder"), n) for n in ("Recorder", "Options"))
+import numpy as np
+import plain_framework as plain
+x = plain.Tensor(np.ones((2, 3), "f4"))
+layer = plain.Attention(num_heads=1, weight=x)
+with Recorder(plain, layer, sys.argv[3], Options()):
+    layer(x, x, x)
+assert not [name for name in sys.modules if name.split(".")[0] == "mhabridge"]
+try:
+    record(layer, "never")
+except TypeError as error:
+    assert "for which this file was written" in str(error), error
+print(sys.version_info[:2])
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "mhabridge_record.py").write_text(kit.compose(["torch"]), encoding="utf-8")
+    return tmp_path
+
+
+def stand_alone(python: str, folder: Path) -> str:
+    target = folder / "a.safetensors"
+    command = [python, "-I", "-c", STANDS_ALONE, str(folder), str(Path(__file__).parent), str(target)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    contents = open_contents(target)
+    contents.close()
+    assert contents.metadata["complete"] is True
+    assert contents.metadata["calls"][0]["arguments"]["key"] == {"same_as": "query"}
+    return done.stdout.strip()
+
+
+def test_it_stands_alone(folder: Path) -> None:
+    assert stand_alone(sys.executable, folder) == str(sys.version_info[:2])
+
+
+@pytest.mark.frameworks
+@pytest.mark.timeout(300)
+def test_it_stands_alone_on_python_3_8(folder: Path, python38: str) -> None:
+    assert stand_alone(python38, folder) == "(3, 8)"
+
+
+def test_it_is_python_3_8() -> None:
+    ast.parse(kit.compose(), feature_version=(3, 8))
+    for part in kit.PARTS:
+        ast.parse(kit._source(part), feature_version=(3, 8))
+
+
+def test_it_has_the_sources_as_they_are(folder: Path) -> None:
+    spec = importlib.util.spec_from_file_location("a_kit", folder / "mhabridge_record.py")
+    assert spec is not None
+    assert spec.loader is not None
+    made: Any = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(made)
+    root = Path(__file__).parent.parent
+    assert made.SOURCES.keys() == {*kit.PARTS, "mhabridge.adapters.torch.recording"}
+    for name, text in made.SOURCES.items():
+        place = root.joinpath(*name.replace("mhabridge.adapters", "adapters").split("."))
+        file = place / "__init__.py" if place.is_dir() else place.with_suffix(".py")
+        assert text == file.read_text(encoding="utf-8"), name
+    assert made.FRAMEWORKS == {"torch": "torch"}
+
+
+def test_each_framework_can_be_alone_or_all() -> None:
+    whole = kit.compose()
+    for name in mapping.FRAMEWORKS:
+        assert f"SOURCES['mhabridge.adapters.{name}.recording']" in whole
+        assert kit.compose([name]).count("SOURCES['mhabridge.adapters.") == 1
+    with pytest.raises(ArgumentError, match="one of torch, mindspore, megengine"):
+        kit.compose(["numpy"])
+
+
+def test_it_says_how_to_use_it(folder: Path) -> None:
+    done = subprocess.run([sys.executable, str(folder / "mhabridge_record.py")], capture_output=True, text=True)
+    assert 'with mhabridge_record.record(model, "a.safetensors"):' in done.stdout
+
+
+def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("click")
+    from click.testing import CliRunner
+
+    from mhabridge.cli.record_kit import command
+
+    monkeypatch.chdir(tmp_path)
+    run = CliRunner().invoke
+    done = run(command, ["mhabridge_record.py", "--framework", "torch", "--framework", "megengine"])
+    assert done.exit_code == 0
+    assert "for torch, megengine; `import mhabridge_record` there." in done.output
+    assert Path("mhabridge_record.py").read_text(encoding="utf-8") == kit.compose(["torch", "megengine"])
+    assert "force" in str(run(command, ["mhabridge_record.py"]).exception)
+    again = run(command, ["mhabridge_record.py", "--force", "--json"])
+    said = json.loads(again.output)
+    assert said["frameworks"] == list(mapping.FRAMEWORKS)
+    assert said["bytes"] == Path("mhabridge_record.py").stat().st_size
+    for wrong in ("record-kit.py", "record.txt"):
+        assert isinstance(run(command, [wrong]).exception, ArgumentError)
+    assert "Example:" in run(command, ["--help"]).output
