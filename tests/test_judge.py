@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import ml_dtypes
@@ -200,6 +201,25 @@ def test_at_every_width_rounding_passes_and_faults_do_not(embed_dim: int, dtype:
     tree["q_weight"] = np.roll(tree["q_weight"], size, axis=0)
     wrong = numpy_answer(spec, MHAWeights(**tree), arrays)
     assert judge(wrong.output, exact.output, limits["output"]).verdict == "off"
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_an_input_feature_that_is_much_larger_than_the_others_is_no_false_alarm(seed: int) -> None:
+    """Trained encoders have a few; the gradients of the weights then have a few large columns."""
+    spec = MHASpec(256, 4)
+    weights, arrays = material(spec, seed)
+    scale = np.ones(256, np.float32)
+    scale[40] = 100.0
+    arrays = tuple(array * scale for array in arrays)
+    grad = np.random.default_rng(seed).standard_normal(arrays[0].shape).astype(np.float32)
+    result = numpy_answer(spec, weights, arrays, grad_output=grad)
+    for tensor, distance in judged(spec, result, weights, arrays, grad_output=grad).items():
+        assert distance.ok, (tensor, distance)
+    grads = dict(result.grads)
+    grads["v_weight"] = grads["v_weight"].copy()
+    grads["v_weight"][:, 7] *= np.float32(1.01)  # an ordinary column
+    wrong = judged(spec, dataclasses.replace(result, grads=grads), weights, arrays, grad_output=grad)
+    assert wrong["grads.v_weight"].verdict == "off"
 
 
 def test_a_large_batch_element_excuses_nothing_in_a_small_one() -> None:

@@ -7,7 +7,9 @@ exponential one of the size that the framework's exp has, the softmax that of st
 does. How these samples scatter around float64 is what the dtype and this computation justify. It bounds an answer in
 two ways:
 
-- each element: BIAS * |mean of the samples - exact| + SPREAD * (standard deviation of the samples in its row)
+- each element: BIAS * |mean of the samples - exact| + SPREAD * (standard deviation of the samples in its row; for the
+  gradient of a weight in its row or its column, whichever is larger: an input feature that is much larger than the
+  others has a column of its own size)
   + FLOOR * u * (largest magnitude in the row), with u the dtype's unit roundoff and a row the last axis (for a gradient
   the largest magnitude in the tensor: whole rows of one cancel to zero; and never less than the smallest normal number,
   below which the dtype's numbers lie no closer, and all samples may round to one of them);
@@ -141,7 +143,9 @@ def bounds_of(exact: dict[str, np.ndarray], samples: list[dict[str, np.ndarray]]
     for name, array in exact.items():
         magnitude = np.where(np.isfinite(array), np.maximum(np.abs(array), SMALLEST_NORMAL[dtype]), 0.0)
         largest = magnitude.max(initial=0.0) if name.startswith("grads.") else _rows(np.max, magnitude)
-        bound = _bound(array, [sample[name] for sample in samples], FLOOR * unit * largest, unit * magnitude)
+        both_ways = name.startswith("grads.") and name.endswith("_weight")
+        drawn = [sample[name] for sample in samples]
+        bound = _bound(array, drawn, FLOOR * unit * largest, unit * magnitude, both_ways)
         found[name] = Bound(2.0 * bound.each, 2.0 * bound.mean) if dtype == "float64" else bound
     return found
 
@@ -151,7 +155,9 @@ def _rows(reduce: Callable[..., np.ndarray], array: np.ndarray) -> np.ndarray:
     return reduce(array, axis=-1, keepdims=True) if array.size else np.zeros(array.shape)
 
 
-def _bound(exact: np.ndarray, samples: list[np.ndarray], floor: np.ndarray, units: np.ndarray) -> Bound:
+def _bound(
+    exact: np.ndarray, samples: list[np.ndarray], floor: np.ndarray, units: np.ndarray, both_ways: bool
+) -> Bound:
     if not exact.size:
         return Bound(np.zeros(exact.shape), 0.0)
     errors = np.stack([dtypes.to_float64(sample) for sample in samples]) - exact
@@ -159,7 +165,10 @@ def _bound(exact: np.ndarray, samples: list[np.ndarray], floor: np.ndarray, unit
     errors = np.where(np.isfinite(errors), errors, 0.0)
     bias = errors.mean(axis=0)
     variance = np.square(errors - bias).sum(axis=0) / (len(samples) - 1)
-    each = BIAS * np.abs(bias) + SPREAD * np.sqrt(_rows(np.mean, variance)) + floor
+    scatter = _rows(np.mean, variance)
+    if both_ways:
+        scatter = np.maximum(scatter, variance.mean(axis=0, keepdims=True))
+    each = BIAS * np.abs(bias) + SPREAD * np.sqrt(scatter) + floor
     means = np.abs(errors).reshape(len(samples), -1).mean(axis=1)
     mean = MEAN * means.mean() + MEAN_SPREAD * means.std(ddof=1) + units.mean()
     return Bound(each, float(mean))

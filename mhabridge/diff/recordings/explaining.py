@@ -1,0 +1,157 @@
+"""What explains a layer that diverges: the search over known faults, with what the layer should have had.
+
+Where weights, settings or masks differ between the sides, the first side says what should have been there, and the
+search explains what the second made of it on its own inputs; otherwise a side that is off on its own inputs and weights
+is explained by those.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+
+from mhabridge import dtypes
+from mhabridge.diff.diagnosis import Diagnosis
+from mhabridge.diff.recordings.attention_calls import Compared, alike
+from mhabridge.diff.recordings.canonical import AttentionCall, Described
+from mhabridge.diff.recordings.judging import known_accuracy
+from mhabridge.errors import MHABridgeError
+
+MOST = 5  # diagnoses of one report
+_LARGEST = 1 << 21  # scores of a call that is searched through; of a larger one some batch elements
+
+
+def explain(
+    name: str,
+    compared: Compared,
+    calls: tuple[AttentionCall, AttentionCall],
+    sides: tuple[str, str],
+    frameworks: tuple[str, str],
+) -> list[Diagnosis]:
+    """The diagnoses of one call that diverges.
+
+    Args:
+        name: of the layer in the report.
+        compared: what was found.
+        calls: on both sides.
+        sides: their names.
+        frameworks: of the two.
+    """
+    if any(call.random or call.output is None or not _finite(call) for call in calls):
+        return []  # what comes of NaN says nothing
+    first, second = calls
+    if compared.wrong("weights", "settings", "mask"):
+        should = _should_have_had(first, second)
+        return [] if should is None else _asked(name, sides[1], second, should, frameworks[1], compared)
+    found: list[Diagnosis] = []
+    for number, call in enumerate(calls):
+        if _off(compared, number):
+            found += _asked(name, sides[number], call, call, frameworks[number], compared)
+    return found
+
+
+def _finite(call: AttentionCall) -> bool:
+    arrays = (call.query, call.key, call.value, *call.layer.weights.arrays().values())
+    return all(dtypes.all_finite(array) for array in arrays)
+
+
+def _off(compared: Compared, number: int) -> bool:
+    """Whether a side is off on its own inputs and weights."""
+    judged = [each.comparison.distances[number] for each in compared.found if each.tensor in ("output", "attn_weights")]
+    return any(each is not None and not each.ok for each in judged)
+
+
+def _should_have_had(first: AttentionCall, second: AttentionCall) -> AttentionCall | None:
+    """The second side's call with the first side's layer and masks; None where they do not fit its inputs."""
+    if not alike(first, second) or first.query.shape[-1] != second.query.shape[-1]:
+        return None
+    own = second.layer.spec
+    if first.layer.spec.parameter_shapes().keys() != own.parameter_shapes().keys() and own.extra_columns:
+        return None
+    spec = first.layer.spec.replace(batch_first=own.batch_first, dtype=own.dtype)
+    layer = Described(spec, first.layer.weights.astype(own.dtype), second.layer.dialect, second.layer.layout)
+    return dataclasses.replace(second, layer=layer, masks=first.masks, asked={**first.asked})
+
+
+def _comparable(weights: np.ndarray | None, should: AttentionCall) -> np.ndarray | None:
+    """Attention weights, if the layer that should have been there has as many heads."""
+    per_head = weights is not None and weights.ndim == 4
+    return None if per_head and weights.shape[1] != should.layer.spec.num_heads else weights  # type: ignore[union-attr]
+
+
+def _asked(
+    name: str, side: str, observed: AttentionCall, should: AttentionCall, framework: str, compared: Compared
+) -> list[Diagnosis]:
+    try:
+        from mhabridge.diff.diagnosis.search import diagnose
+    except ImportError:  # pragma: no cover - the search is part of the package
+        return []
+    part = _part(observed)
+    spec = should.spec
+    query, key, value = (
+        dtypes.round_to(array[part], spec.dtype) for array in (observed.query, observed.key, observed.value)
+    )
+    tensors = {"output": observed.output, "attn_weights": _comparable(observed.attn_weights, should)}
+    there = {kind: np.ascontiguousarray(array[part]) for kind, array in tensors.items() if array is not None}
+    expected = known_accuracy(framework, observed.dtype)
+    try:
+        return [
+            diagnose(
+                spec,
+                should.layer.weights,
+                (query, key, value),
+                _call(should, there, part),
+                there,
+                expected,
+                layer=name,
+                side=side,
+            )
+        ]
+    except MHABridgeError as error:
+        compared.notes.append(f"not diagnosed: {error}")
+        return []
+
+
+def _part(call: AttentionCall) -> slice:
+    """The batch elements that are looked at."""
+    n, length, _ = call.query.shape
+    each = max(1, call.layer.spec.num_heads * length * call.key.shape[1])
+    return slice(0, max(1, min(n, _LARGEST // each)))
+
+
+def _call(should: AttentionCall, there: dict[str, np.ndarray], part: slice) -> dict[str, Any]:
+    """The arguments of the call, batch first, for some batch elements."""
+    heads, asked = should.layer.spec.num_heads, should.asked
+    padding, attention = asked.get("key_padding_mask"), asked.get("attn_mask")
+    if padding is not None:
+        padding = (padding if should.batched else padding[None])[part]
+    if attention is not None and attention.ndim == 3:
+        attention = attention[part.start * heads : part.stop * heads]
+    weights = there.get("attn_weights")
+    return {
+        "key_padding_mask": padding,
+        "attn_mask": attention,
+        "is_causal": bool(asked.get("is_causal", False)),
+        "need_weights": weights is not None,
+        "average_attn_weights": weights is None or weights.ndim == 3,
+        "fully_masked": should.fully_masked,
+        "training": False,
+    }
+
+
+def cause(compared: Compared) -> str:
+    """What of a layer diverges, in words: what came in, what the layer is, or what it computes."""
+    said = []
+    if compared.wrong("inputs"):
+        said.append("the inputs differ already: look before this layer")
+    for role, words in (("settings", "the settings differ"), ("mask", "the masks differ")):
+        if compared.wrong(role):
+            said.append(words)
+    weights = [each.tensor for each in compared.wrong("weights")]
+    if weights:
+        said.append(f"the weights differ: {', '.join(weights[:6])}")
+    if compared.wrong("computed"):
+        said.append("the layer computes something else than its inputs and weights say")
+    return "; ".join(said)

@@ -1,0 +1,144 @@
+"""Recorded gradients of one attention call on both sides.
+
+The gradient of the output came from later layers and is compared by how far it may have drifted, backwards through the
+model; the others are the layer's own, and each side is held against the float64 reference for the gradient of the
+output that it was given. Those of parameters add up over all calls of a layer, so they are judged where it was called
+once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+
+from mhabridge import dtypes, reference
+from mhabridge.diff.comparing import Comparison, Measure, compare, decide
+from mhabridge.diff.judge import Distance, judge
+from mhabridge.diff.recordings.attention_calls import Compared, unit_of
+from mhabridge.diff.recordings.canonical import AttentionCall
+from mhabridge.diff.recordings.drift import Apart, Drift, apart
+from mhabridge.diff.recordings.judging import Material, Piece, affordable_whole, known_accuracy
+from mhabridge.diff.rounding import SAMPLES, bounds_of, noisy
+from mhabridge.reference import FLOAT64, Arithmetic
+
+_INPUTS = ("query", "key", "value")
+
+
+@dataclasses.dataclass(frozen=True)
+class Like:
+    """The shape and dtype of a tensor that is no longer there."""
+
+    shape: tuple[int, ...]
+    dtype: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Backward:
+    """The gradients of one call, compared as far as it can be done before the later layers are known.
+
+    Args:
+        comparisons: by tensor, of those that have a reference.
+        waiting: by tensor, of the others: what they were like, their differences, and how far apart they are.
+        unit: the unit roundoff.
+    """
+
+    comparisons: dict[str, Comparison]
+    waiting: dict[str, tuple[Like | None, Like | None, Measure, Apart]]
+    unit: float
+
+    def settle(self, drift: Drift) -> dict[str, Comparison]:
+        """All comparisons, by tensor, once it is known what the gradients drifted apart in later layers."""
+        found = {}
+        for name, (first, second, measure, far) in self.waiting.items():
+            why = drift.explains(far, self.unit)
+            comparison = decide(first, second, measure, within=not why)
+            if comparison.verdict == "off" and why:
+                comparison = dataclasses.replace(comparison, reason=why)
+            elif comparison.ok:
+                drift.add(far)
+            found[name] = comparison
+        return {**found, **self.comparisons}
+
+
+def compare_gradients(
+    calls: tuple[AttentionCall, AttentionCall],
+    grads: tuple[dict[str, np.ndarray], dict[str, np.ndarray]],
+    frameworks: tuple[str, str],
+    once: bool,
+    compared: Compared,
+) -> Backward | None:
+    """Compare the gradients of one call; None where neither side has any.
+
+    Args:
+        calls: on both sides.
+        grads: by canonical name, on both sides.
+        frameworks: of the two.
+        once: whether the layer was called once on both sides.
+        compared: where notes go.
+    """
+    first, second = grads
+    if not first or not second:
+        if first or second:
+            compared.notes.append("only one side has gradients")
+        return None
+    judged = [_judged(*side, once) for side in zip(calls, grads, frameworks, strict=True)]
+    comparisons, waiting = {}, {}
+    for name in dict.fromkeys((*first, *second)):
+        a, b = first.get(name), second.get(name)
+        distances = judged[0].get(name), judged[1].get(name)
+        if name not in ("output", *_INPUTS) and not once:
+            continue
+        if a is None or b is None:
+            compared.notes.append(f"only one side has the gradient of {name}")
+        elif name != "output" and all(each is not None for each in distances):
+            comparisons[f"grads.{name}"] = compare(a, b, distances=distances, allowed=_nan(a, b))
+        else:
+            waiting[f"grads.{name}"] = _measured(a, b)
+    return Backward(comparisons, waiting, unit_of(calls[0].dtype, calls[1].dtype))
+
+
+def _nan(a: np.ndarray, b: np.ndarray) -> np.ndarray | None:
+    """Where both may be NaN: the reference decided that, for each side."""
+    if a.shape != b.shape:
+        return None
+    return np.asarray(np.isnan(dtypes.to_float64(a)) & np.isnan(dtypes.to_float64(b)))
+
+
+def _measured(a: np.ndarray, b: np.ndarray) -> tuple[Like | None, Like | None, Measure, Apart]:
+    measure, far = Measure(), Apart(0.0, 0.0, 0.0)
+    if a.shape == b.shape:
+        measure.add(a, b)
+        far = apart(a, b) if measure.strange is None else far
+    return Like(a.shape, dtypes.name_of(a)), Like(b.shape, dtypes.name_of(b)), measure, far
+
+
+def _judged(call: AttentionCall, grads: dict[str, np.ndarray], framework: str, once: bool) -> dict[str, Distance]:
+    """One side's gradients beside the reference, for the gradient of the output that it was given."""
+    material = Material.of(call)
+    shape = (*call.query.shape[:2], call.layer.spec.out_features)
+    given = grads.get("output")
+    if given is None or given.shape != shape or call.random or not affordable_whole(material):
+        return {}
+    exact = _computed(material, given, call, grads, FLOAT64)
+    wanted = [name for name in grads if name in exact and (once or name in _INPUTS)]
+    expected = known_accuracy(framework, call.dtype)
+    arithmetic = noisy(expected, np.random.default_rng(0))
+    drawn = [_computed(material, given, call, grads, arithmetic) for _ in range(SAMPLES)]
+    samples = [{f"grads.{name}": sample[name] for name in wanted} for sample in drawn]
+    limits = bounds_of({f"grads.{name}": exact[name] for name in wanted}, samples, expected.dtype)
+    return {name: judge(grads[name], exact[name], limits[f"grads.{name}"]) for name in wanted}
+
+
+def _computed(
+    material: Material, given: np.ndarray, call: AttentionCall, grads: dict[str, np.ndarray], arithmetic: Arithmetic
+) -> dict[str, np.ndarray]:
+    """The reference's gradients; of a tensor that was passed as several inputs their sum, as it was recorded."""
+    n, length, _ = material.query.shape
+    prepared = material.prepared(Piece(slice(0, n), slice(0, length)), None)
+    asked = dataclasses.replace(prepared.call, grad_output=given)
+    found = dict(reference.attend(material.spec, material.weights, asked, arithmetic=arithmetic).grads)
+    for name, other in call.shared.items():
+        if name not in grads and other in found:
+            found[other] = found[other] + found.pop(name)
+    return found

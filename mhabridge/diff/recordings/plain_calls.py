@@ -1,0 +1,145 @@
+"""One call of any other layer on both sides: tensor arguments and outputs in their order, parameters by name.
+
+Also of attention layers that cannot be read as plain multi-head attention.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+
+from mhabridge import dtypes
+from mhabridge.diff.comparing import Comparison, compare
+from mhabridge.diff.recordings import other_layers
+from mhabridge.diff.recordings.arrays import coarsest_of
+from mhabridge.diff.recordings.attention_calls import Compared, compare_weights, unit_of
+from mhabridge.diff.recordings.drift import Drift
+from mhabridge.recording.reading import Item, RecordedCall, RecordedLayer, Recording
+
+Side = tuple[Recording, RecordedLayer, RecordedCall]
+
+
+def compare_plain(first: Side, second: Side, drift: Drift, turned: bool) -> Compared:
+    """Compare one call on both sides.
+
+    Args:
+        first: a recording, the layer in it, and the call.
+        second: likewise.
+        drift: what the two runs have drifted apart so far.
+        turned: whether one of the two models is batch first and the other is not: then the second one's tensors of
+            three and more axes are turned.
+    """
+    compared = Compared()
+    _compare_epsilon(first[1], second[1], compared)
+    if first[2].nth == second[2].nth == 0:
+        _compare_parameters(first, second, compared)
+    given = [list(_tensors(side[0], _arguments(side[2]))) for side in (first, second)]
+    inputs = [[array for _, array in side] for side in given]
+    outputs = [dict(_tensors(side[0], _outputs(side))) for side in (first, second)]
+    _compare_inputs(given, drift, turned, compared)
+    if outputs[0].keys() == outputs[1].keys() == {"output"}:
+        judged = [
+            other_layers.distance(*side, own, made["output"])
+            for side, own, made in zip((first, second), inputs, outputs, strict=True)
+        ]
+        if all(each is not None for each in judged):
+            a, b = outputs[0]["output"], _turn(outputs[1]["output"], turned)
+            compared.add("output", compare(a, b, distances=(judged[0], judged[1])), "computed")
+            return compared
+    for name in _not_asked(first, second, compared):
+        for side in outputs:
+            side.pop(name, None)
+    _compare_outputs(outputs, drift, turned, compared)
+    return compared
+
+
+def _compare_epsilon(first: RecordedLayer, second: RecordedLayer, compared: Compared) -> None:
+    a, b = other_layers.epsilon_of(first), other_layers.epsilon_of(second)
+    if a is not None and b is not None and a != b:
+        compared.add("settings", Comparison("off", reason=f"epsilon {a:g} and {b:g}"), "settings")
+
+
+def _compare_parameters(first: Side, second: Side, compared: Compared) -> None:
+    found = [other_layers.parameters_of(side[0], side[1]) for side in (first, second)]
+    if found[0].keys() == found[1].keys() or (found[0] and found[1] and first[1].kind == second[1].kind):
+        compare_weights(found[0], found[1], compared)
+    elif found[0] or found[1]:
+        compared.notes.append("the two sides name the parameters differently: they are not compared")
+
+
+def _arguments(call: RecordedCall) -> list[tuple[str, Item]]:
+    """The arguments that are tensors of their own, in order."""
+    return [(name, item) for name, item in call.arguments.items() if not item.same_as]
+
+
+def _outputs(side: Side) -> list[tuple[str, Item]]:
+    """The outputs by the names that they have in the report."""
+    names = ["output", "attn_weights"] if side[1].attention else []
+    items = side[2].outputs
+    names = names or (["output"] if len(items) == 1 else [])
+    return [(names[n] if n < len(names) else f"output.{n}", item) for n, item in enumerate(items)]
+
+
+def _not_asked(first: Side, second: Side, compared: Compared) -> list[str]:
+    """The outputs that are not compared since a side left them out, or was not asked for attention weights."""
+    found = []
+    for which, side in (("first", first), ("second", second)):
+        for name, item in _outputs(side):
+            if item.left_out or (name == "attn_weights" and not item.tensor):
+                compared.notes.append(f"{name} was left out on the {which} side ({item.left_out or 'not returned'})")
+                found.append(name)
+    return found
+
+
+def _tensors(recording: Recording, items: Iterable[tuple[str, Item]]) -> Iterator[tuple[str, np.ndarray]]:
+    """Those that were kept, also inside of tuples."""
+    for name, item in items:
+        if item.items is not None:
+            yield from _tensors(recording, [(f"{name}.{number}", each) for number, each in enumerate(item.items)])
+        elif item.tensor:
+            yield name, recording.file.read(item.tensor)
+
+
+def _turn(array: np.ndarray, turned: bool) -> np.ndarray:
+    return array.swapaxes(0, 1) if turned and array.ndim >= 3 else array
+
+
+def _compare_inputs(given: list[list[tuple[str, np.ndarray]]], drift: Drift, turned: bool, compared: Compared) -> None:
+    """By name where both sides have the same names, else in their order."""
+    first, second = given
+    if len(first) != len(second):
+        compared.notes.append(f"{len(first)} tensors come in on one side, {len(second)} on the other")
+    theirs = dict(second)
+    by_name = {name for name, _ in first} & theirs.keys()
+    for (name, a), (_, other) in zip(first, second, strict=False):
+        a, b = _as_masks(a, theirs[name] if name in by_name else other)
+        comparison, apart = drift.compare(a, _turn(b, turned), unit_of(coarsest_of([a]), coarsest_of([b])), True)
+        compared.add(f"inputs.{name}", comparison, "inputs")
+        if dtypes.name_of(a) in dtypes.FLOATS:
+            compared.drift.append(apart)
+
+
+def _as_masks(first: np.ndarray, second: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Both as bool where one is, and the other is the same kind of mask as floats: 0, or -inf where that is True."""
+    if first.dtype == np.bool_ and second.dtype != np.bool_:
+        return first, _as_bool(second)
+    if second.dtype == np.bool_ and first.dtype != np.bool_:
+        return _as_bool(first), second
+    return first, second
+
+
+def _as_bool(array: np.ndarray) -> np.ndarray:
+    if dtypes.name_of(array) not in dtypes.FLOATS:
+        return array
+    values = dtypes.to_float64(array)
+    return np.asarray(np.isneginf(values)) if ((values == 0.0) | np.isneginf(values)).all() else array
+
+
+def _compare_outputs(outputs: list[dict[str, np.ndarray]], drift: Drift, turned: bool, compared: Compared) -> None:
+    after = drift.after(compared.drift)
+    for name in dict.fromkeys((*outputs[0], *outputs[1])):
+        a, b = (side.get(name) for side in outputs)
+        b = None if b is None else _turn(b, turned and name != "attn_weights")
+        comparison, _ = after.compare(a, b, unit_of(coarsest_of([a]), coarsest_of([b])))
+        compared.add(name, comparison, "computed")

@@ -1,0 +1,577 @@
+"""Comparing recordings: honest runs pass, each fault is found where it is and named, and no file is believed."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import struct
+import tracemalloc
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mhabridge import reference
+from mhabridge.cli import tree as trees
+from mhabridge.diff.recordings import diff_recordings, drift, judging, matching
+from mhabridge.errors import ArgumentError, ArgumentTypeError
+from mhabridge.recording.reading import RecordedCall, open_recording
+from mhabridge.weights import MHAWeights
+
+from . import recordings
+from .recordings import H, Writer, comparison, encoder, inputs, notes, padding, record, rewritten
+
+
+def pair(
+    tmp_path: Path, blocks: Any = None, frameworks: tuple[str, str] = ("torch", "megengine"), **options: Any
+) -> tuple[Path, Path]:
+    """An honest recording, and one whose blocks a test has changed."""
+    changed = encoder(frameworks[1]) if blocks is None else blocks
+    record(tmp_path / "a", frameworks[0], encoder(frameworks[0]), seed=1)
+    record(tmp_path / "b", frameworks[1], changed, seed=2, **options)
+    return tmp_path / "a", tmp_path / "b"
+
+
+# -- honest runs -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("second", ["torch", "mindspore", "megengine"])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_honest_runs_pass(tmp_path: Path, second: str, dtype: str) -> None:
+    record(tmp_path / "a", "torch", encoder("torch", layers=12), mask=padding(), seed=1)
+    record(
+        tmp_path / "b",
+        second,
+        encoder(second, dtype, layers=12),
+        mask=padding(),
+        seed=2,
+        names="model.layers.{}.self_attn",
+    )
+    report = diff_recordings(tmp_path / "a", tmp_path / "b")
+    assert report.ok, [entry for entry in report.entries if not entry.ok][:3]
+    assert report.first_divergence is None
+    assert report.diagnoses == ()
+    assert len(report.layers) == 12
+    assert {layer.matched for layer in report.layers} == {"name"}
+    assert comparison(report, "layers.3.self_attn", "output").distances[0].times_bound < 1
+    json.loads(report.to_json())
+
+
+def test_the_same_file_is_equal(tmp_path: Path) -> None:
+    path, _ = pair(tmp_path)
+    report = diff_recordings(path, path)
+    assert report.verdict == "equal"
+    assert len({run.backend for run in report.runs}) == 2
+
+
+def test_recordings_of_whole_frameworks() -> None:
+    """In single files the honest drift is far from the bound, and a fault is far beyond it."""
+    x = inputs("float64")
+    noise = np.random.default_rng(0).standard_normal(x.shape) * 2.0**-24
+    found = drift.apart(x, x + 10 * noise * np.abs(x))
+    assert drift.Drift().explains(found, 2.0**-24) == ""
+    assert "relative difference" in drift.Drift().explains(drift.apart(x, x + 100 * noise), 2.0**-24)
+    assert "scale" in drift.Drift().explains(drift.apart(x, x * (1 + 25 * 2.0**-24)), 2.0**-24)
+    one_row = x.copy()
+    one_row[0, 0] *= 1 + 2000 * 2.0**-24
+    many = np.concatenate([x] * 2000)
+    spoilt = np.concatenate([one_row, *[x] * 1999])
+    assert "row" in drift.Drift().explains(drift.apart(many, spoilt), 2.0**-24)
+
+
+# -- faults ------------------------------------------------------------------------------------------------------------
+
+
+def test_wrong_weights_are_named_and_explained(tmp_path: Path) -> None:
+    blocks = encoder("megengine")
+    weights = blocks[2].weights
+    blocks[2].weights = dataclasses.replace(weights, out_weight=np.ascontiguousarray(weights.out_weight.T))
+    report = diff_recordings(*pair(tmp_path, blocks))
+    assert report.first_divergence == "layers.2.self_attn"
+    assert "the weights differ: out_weight" in notes(report, "layers.2.self_attn")
+    assert comparison(report, "layers.2.self_attn", "output").ok
+    assert "each side is right" in comparison(report, "layers.2.self_attn", "output").reason
+    assert "what comes after" in notes(report, "layers.3.self_attn")
+    (diagnosis,) = report.diagnoses
+    assert [fault.mend for fault in diagnosis.faults] == ["out_proj.weight: transpose"]
+
+
+def test_a_layer_that_computes_something_else_is_to_blame(tmp_path: Path) -> None:
+    blocks = encoder("megengine")
+    blocks[1].used = blocks[1].spec.replace(scale=1.0)
+    report = diff_recordings(*pair(tmp_path, blocks))
+    found = comparison(report, "layers.1.self_attn", "output")
+    assert (report.first_divergence, found.verdict, found.side) == ("layers.1.self_attn", "off", "second")
+    assert "computes something else" in notes(report, "layers.1.self_attn")
+    assert report.diagnosis is not None
+    assert "scale" in report.diagnosis.faults[0].name
+    assert report.diagnosis.side == str(tmp_path / "b")
+
+
+def test_weights_that_are_not_those_that_were_used(tmp_path: Path) -> None:
+    """A recording may lie about its weights: then the layer is off on its own terms."""
+    blocks = encoder("megengine")
+    blocks[1].told, blocks[1].weights = blocks[1].weights, MHAWeights.random(blocks[1].spec, seed=99)
+    report = diff_recordings(*pair(tmp_path, blocks))
+    assert comparison(report, "layers.1.self_attn", "output").side == "second"
+
+
+@pytest.mark.parametrize("fault", ["epsilon", "bias"])
+def test_a_fault_between_the_layers_is_seen_before_the_next_one(tmp_path: Path, fault: str) -> None:
+    blocks = encoder("megengine")
+    if fault == "epsilon":
+        blocks[1].epsilon = 2e-5  # 1e-5 in the other: changes 5e-6 of a value, where float32 rounds 6e-8
+    else:
+        blocks[1].bias = np.zeros_like(blocks[1].bias)
+    report = diff_recordings(*pair(tmp_path, blocks))
+    assert report.first_divergence == "layers.2.self_attn"
+    assert "look before this layer" in notes(report, "layers.2.self_attn")
+    assert comparison(report, "layers.1.self_attn", "inputs.query").ok
+    assert comparison(report, "layers.2.self_attn", "inputs.query").verdict == "off"
+    assert comparison(report, "layers.2.self_attn", "output").ok
+
+
+def test_other_settings_are_a_difference(tmp_path: Path) -> None:
+    blocks = encoder("megengine")
+    blocks[0].spec = blocks[0].spec.replace(num_heads=2)
+    report = diff_recordings(*pair(tmp_path, blocks))
+    assert report.first_divergence == "layers.0.self_attn"
+    assert comparison(report, "layers.0.self_attn", "settings").reason == "num_heads 4 and 2"
+    assert all(comparison(report, "layers.0.self_attn", name).ok for name in ("output", "q_weight", "inputs.query"))
+
+
+# -- masks -------------------------------------------------------------------------------------------------------------
+
+
+def masked(tmp_path: Path, mask: np.ndarray, passed: Any = None) -> Any:
+    record(tmp_path / "a", "torch", encoder("torch"), mask=padding(), seed=1)
+    record(tmp_path / "b", "mindspore", encoder("mindspore"), mask=mask, passed=passed, seed=2)
+    return diff_recordings(tmp_path / "a", tmp_path / "b")
+
+
+def test_a_wrong_mask_is_said_of_the_mask(tmp_path: Path) -> None:
+    other = padding()
+    other[0, 5] = True
+    report = masked(tmp_path, other)
+    assert report.first_divergence == "layers.0.self_attn"
+    found = comparison(report, "layers.0.self_attn", "mask")
+    assert (found.verdict, found.reason) == (
+        "off",
+        "0 positions are blocked on the first side only, 1 on the second only",
+    )
+    assert "the masks differ" in notes(report, "layers.0.self_attn")
+
+
+@pytest.mark.parametrize("blocked", [-np.inf, -1e9, np.finfo(np.float32).min])
+def test_masks_of_another_form_and_the_same_effect(tmp_path: Path, blocked: float) -> None:
+    passed = np.where(padding(), np.float32(blocked), np.float32(0.0))
+    report = masked(tmp_path, padding(), passed)
+    assert report.ok, [entry.comparison for entry in report.entries if not entry.ok][:2]
+    assert "key_padding_mask bool (2, 6); key_padding_mask float32 (2, 6)" in notes(report, "layers.0.self_attn")
+    found = comparison(report, "layers.0.self_attn", "mask")
+    assert found.verdict == ("equal" if np.isinf(blocked) else "rounding")
+
+
+def test_a_mask_that_was_added_as_one_is_off(tmp_path: Path) -> None:
+    report = masked(tmp_path, padding(), padding().astype(np.float32))
+    assert comparison(report, "layers.0.self_attn", "mask").verdict == "off"
+
+
+def test_rows_that_are_fully_masked(tmp_path: Path) -> None:
+    """NaN where the reference says NaN is expected; zeros are another policy and a difference."""
+    mask = padding()
+    mask[1] = True
+    record(tmp_path / "a", "torch", encoder("torch", layers=1), mask=mask, seed=1)
+    record(tmp_path / "b", "megengine", encoder("megengine", layers=1), mask=mask, seed=2)
+    assert diff_recordings(tmp_path / "a", tmp_path / "b").ok
+    writer = Writer(tmp_path / "c")
+    block = encoder("torch", layers=1)[0]
+    x = np.ascontiguousarray(inputs().swapaxes(0, 1))
+    call = recordings.Call(inputs(), inputs(), inputs(), mask[:, None, None], fully_masked="zero")
+    result = reference.attend(block.spec, block.weights, call)
+    settings = {"embed_dim": recordings.E, "num_heads": H}
+    writer.layer(
+        "layers.0.self_attn", recordings.CLASSES["torch"], settings, block.weights.to_layout("torch", block.spec)
+    )
+    output = np.ascontiguousarray(result.output.swapaxes(0, 1).astype(np.float32))
+    arguments = {"query": x, "key": x, "value": x, "key_padding_mask": mask, "need_weights": False}
+    writer.call("layers.0.self_attn", arguments, [output, None])
+    writer.end()
+    report = diff_recordings(tmp_path / "a", tmp_path / "c")
+    assert comparison(report, "layers.0.self_attn", "output").verdict == "broken"
+    assert "nan on the first side, zero on the second" in notes(report, "layers.0.self_attn")
+    assert diff_recordings(tmp_path / "c", tmp_path / "c").ok
+
+
+# -- what is missing or strange ----------------------------------------------------------------------------------------
+
+
+def test_missing_calls_are_broken(tmp_path: Path) -> None:
+    first, second = pair(tmp_path)
+
+    def lose(document: Any) -> None:
+        del document["calls"][1]
+
+    report = diff_recordings(first, rewritten(second, tmp_path / "c", lose))
+    found = comparison(report, "layers.1.self_attn", "call")
+    assert (found.verdict, found.side, report.first_divergence) == ("broken", "second", "layers.1.self_attn")
+    report = diff_recordings(tmp_path / "c", first)
+    found = comparison(report, "layers.1.self_attn", "call")
+    assert (found.verdict, found.side) == ("broken", "first")
+    assert [layer.name for layer in report.layers] == [f"layers.{number}.self_attn" for number in range(4)]
+
+
+def test_a_run_that_broke_off_is_no_difference_and_not_ok(tmp_path: Path) -> None:
+    first, second = pair(tmp_path)
+
+    def lose(document: Any) -> None:
+        del document["calls"][2:]
+        document["complete"] = False
+
+    report = diff_recordings(first, rewritten(second, tmp_path / "c", lose))
+    assert (report.differs, report.ok, report.exit_code) == (False, False, 2)
+    assert report.runs[1].status == "failed"
+    assert "broke off" in notes(report, "layers.3.self_attn")
+
+
+def test_nan_on_both_sides_is_broken(tmp_path: Path) -> None:
+    x = inputs()
+    x[0, 0, 0] = np.nan
+    record(tmp_path / "a", "torch", encoder("torch"), x, seed=1)
+    record(tmp_path / "b", "torch", encoder("torch"), x, seed=1)
+    report = diff_recordings(tmp_path / "a", tmp_path / "b")
+    assert comparison(report, "layers.0.self_attn", "inputs.query").verdict == "broken"
+    assert report.first_divergence == "layers.0.self_attn"
+
+
+def test_what_was_left_out_is_said(tmp_path: Path) -> None:
+    first, second = pair(tmp_path)
+
+    def lose(document: Any) -> None:
+        document["calls"][1]["outputs"][0] = {"left_out": "the limit was reached"}
+        document["calls"][2]["arguments"]["query"] = {"left_out": "the limit was reached"}
+        for name in ("key", "value"):
+            document["calls"][2]["arguments"][name] = {"left_out": "the limit was reached"}
+        document["layers"]["layers.3.self_attn"]["parameters"] = {}
+        document["left_out"] = [f"calls/{number}" for number in range(30)]
+
+    lost = rewritten(second, tmp_path / "c", lose)
+    report = diff_recordings(first, lost)
+    assert "the output was left out" in notes(report, "layers.1.self_attn")
+    assert "left out of the recording" in notes(report, "layers.2.self_attn")
+    assert "no parameters in the recording" in notes(report, "layers.3.self_attn")
+    assert comparison(report, "layers.3.self_attn", "output").distances == (None, None)
+    assert comparison(report, "layers.3.self_attn", "output").ok
+    assert report.runs[1].notes[-1] == "... and 10 more left out"
+    assert report.runs[1].reason == "2 of 4 calls are not whole: tensors were left out"
+    assert [entry for entry in report.entries if not entry.ok] == []
+    assert report.exit_code == 2
+
+
+def test_outputs_without_a_reference_are_still_compared(tmp_path: Path) -> None:
+    blocks = encoder("torch")
+    blocks[3].used = blocks[3].spec.replace(scale=1.0)
+    first, second = pair(tmp_path, blocks, ("torch", "torch"))
+
+    def lose(document: Any) -> None:
+        for layer in document["layers"].values():
+            layer["parameters"] = {}
+
+    lost = [rewritten(path, path.with_suffix(".lost"), lose) for path in (first, second)]
+    report = diff_recordings(*lost)
+    assert report.first_divergence == "layers.3.self_attn"
+    assert comparison(report, "layers.3.self_attn", "output").verdict == "off"
+
+
+def test_attention_weights_of_one_side_are_held_against_the_reference(tmp_path: Path) -> None:
+    first, _ = pair(tmp_path)
+    record(tmp_path / "c", "torch", encoder("torch"), need_weights=False)
+    report = diff_recordings(first, tmp_path / "c")
+    (entry, *_) = [entry for entry in report.entries if entry.tensor == "attn_weights"]
+    assert report.ok
+    assert (entry.first, entry.second) == ("reference", str(first))
+
+
+def test_dropout_is_not_compared(tmp_path: Path) -> None:
+    def train(document: Any) -> None:
+        for call in document["calls"]:
+            call["training"] = True
+        for layer in document["layers"].values():
+            layer["settings"]["dropout"] = 0.5
+
+    first, _ = pair(tmp_path)
+    report = diff_recordings(first, rewritten(first, tmp_path / "c", train))
+    assert not [entry for entry in report.entries if entry.tensor in ("output", "attn_weights")]
+    assert "dropout was active" in notes(report, "layers.0.self_attn")
+
+
+def test_nothing_compared_is_not_ok(tmp_path: Path) -> None:
+    Writer(tmp_path / "a").end()
+    report = diff_recordings(tmp_path / "a", tmp_path / "a")
+    assert (report.ok, report.exit_code) == (False, 2)
+
+
+# -- matching ----------------------------------------------------------------------------------------------------------
+
+
+def test_matching_by_rule_and_by_order(tmp_path: Path) -> None:
+    record(tmp_path / "a", "torch", encoder("torch"), names="text.{}.attention", seed=1)
+    record(tmp_path / "b", "megengine", encoder("megengine"), names="blocks_{}", seed=2)
+    by_rule = diff_recordings(tmp_path / "a", tmp_path / "b", rules=["text.*.attention=blocks_*"], order=False)
+    assert {layer.matched for layer in by_rule.layers} == {"rule"}
+    by_order = diff_recordings(tmp_path / "a", tmp_path / "b")
+    assert [(layer.other, layer.matched) for layer in by_order.layers] == [(f"blocks_{n}", "order") for n in range(4)]
+    assert by_rule.ok
+    assert by_order.ok
+    assert not diff_recordings(tmp_path / "a", tmp_path / "b", order=False).ok
+    with pytest.raises(ArgumentError, match="no name fits"):
+        diff_recordings(tmp_path / "a", tmp_path / "b", rules=["txt.*=blocks_*"])
+
+
+def test_order_does_not_match_other_shapes(tmp_path: Path) -> None:
+    record(tmp_path / "a", "torch", encoder("torch"), names="text.{}", seed=1)
+    blocks = encoder("torch")
+    blocks[1].spec = blocks[1].spec.replace(num_heads=2)
+    record(tmp_path / "b", "torch", blocks, names="blocks.{}", seed=2)
+    report = diff_recordings(tmp_path / "a", tmp_path / "b")
+    assert [layer.matched for layer in report.layers].count("") == 2
+    assert {entry.layer for entry in report.entries if entry.tensor == "call"} == {"text.1", "blocks.1"}
+
+
+def test_in_order_of_ending() -> None:
+    calls = [RecordedCall(n, name, 0, False, {}, (), {}) for n, name in enumerate(["a", "a.b", "a", "a.b", "ab"])]
+    assert [call.index for call in matching.in_order_of_ending(calls)] == [1, 0, 3, 2, 4]
+
+
+# -- other layers ------------------------------------------------------------------------------------------------------
+
+
+def plain_model(path: Path, framework: str, wrong: str = "") -> Path:
+    """A model of a linear layer, a norm, an activation nobody knows, and what holds them."""
+    writer = Writer(path, framework)
+    rng = np.random.default_rng(5)
+    x = rng.standard_normal((5, 7, 8)).astype(np.float32)
+    weight, bias, gamma, beta = (rng.standard_normal(s).astype(np.float32) for s in ((8, 8), (8,), (8,), (8,)))
+    ms = framework == "mindspore"
+    names = ("gamma", "beta") if ms else ("weight", "bias")
+    epsilon = {"epsilon" if ms else "eps": 1e-3 if wrong == "epsilon" else 1e-5}
+    writer.layer("", "my.Model", {}, {})
+    writer.layer("fc", "nn.Dense" if ms else "nn.Linear", {}, {"weight": weight, "bias": bias})
+    writer.layer("norm", "nn.LayerNorm", epsilon, dict(zip(names, (gamma, beta), strict=True)))
+    writer.layer("act", "nn.Mish", {}, {})
+    y = x @ weight.T + (0 if wrong == "bias" else bias)
+    values = y.astype(np.float64)
+    values = (values - values.mean(-1, keepdims=True)) / np.sqrt(values.var(-1, keepdims=True) + 1e-5)
+    z = (values * gamma + beta).astype(np.float32)
+    out = (z * np.tanh(np.log1p(np.exp(z.astype(np.float64))))).astype(np.float32)
+    out = out * np.float32(1.001) if wrong == "act" else out
+    writer.call("", {"x": x}, [out])
+    writer.call("fc", {"input": x}, [y])
+    writer.call("norm", {"input": y}, [z])
+    writer.call("act", {"input": z}, [out])
+    return writer.end()
+
+
+def test_other_layers_of_two_frameworks(tmp_path: Path) -> None:
+    report = diff_recordings(plain_model(tmp_path / "a", "torch"), plain_model(tmp_path / "b", "mindspore"))
+    assert report.ok, [entry for entry in report.entries if not entry.ok][:3]
+    assert [layer.name for layer in report.layers] == ["fc", "norm", "act", "(model)"]
+    assert all(each is not None for name in ("fc", "norm") for each in comparison(report, name, "output").distances)
+    assert comparison(report, "act", "output").distances == (None, None)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "layer", "tensor"),
+    [("bias", "fc", "output"), ("epsilon", "norm", "settings"), ("act", "act", "output")],
+)
+def test_a_fault_in_another_layer_is_found_there(tmp_path: Path, wrong: str, layer: str, tensor: str) -> None:
+    report = diff_recordings(plain_model(tmp_path / "a", "torch"), plain_model(tmp_path / "b", "torch", wrong))
+    assert report.first_divergence == layer
+    assert comparison(report, layer, tensor).verdict == "off"
+
+
+# -- gradients ---------------------------------------------------------------------------------------------------------
+
+
+def test_gradients(tmp_path: Path) -> None:
+    record(tmp_path / "a", "torch", encoder("torch"), grad=True, seed=1)
+    record(tmp_path / "b", "megengine", encoder("megengine"), grad=True, seed=2)
+    report = diff_recordings(tmp_path / "a", tmp_path / "b")
+    assert report.ok, [entry for entry in report.entries if not entry.ok][:3]
+    for name in ("grads.query", "grads.q_weight", "grads.out_bias"):
+        assert comparison(report, "layers.1.self_attn", name).distances[1].ok
+    assert comparison(report, "layers.1.self_attn", "grads.output").verdict == "equal"
+
+
+def test_wrong_gradients_diverge_from_the_end(tmp_path: Path) -> None:
+    first = record(tmp_path / "a", "torch", encoder("torch"), grad=True, seed=1).path
+
+    def swap(document: Any) -> None:
+        for number in (1, 2):
+            grads = document["calls"][number]["grads"]
+            grads["arguments/query"] = document["calls"][number]["grads"]["outputs/0"]
+
+    report = diff_recordings(first, rewritten(first, tmp_path / "b", swap))
+    assert report.first_divergence == "layers.2.self_attn"
+    found = comparison(report, "layers.2.self_attn", "grads.query")
+    assert (found.verdict, found.side) == ("off", "second")
+    assert comparison(report, "layers.3.self_attn", "grads.query").ok
+
+
+# -- single step, pictures, memory -------------------------------------------------------------------------------------
+
+
+def test_single_step_sees_a_layer_behind_an_early_error(tmp_path: Path) -> None:
+    blocks = encoder("megengine")
+    blocks[0].bias = np.zeros_like(blocks[0].bias)
+    blocks[2].weights = MHAWeights.random(blocks[2].spec, seed=77)
+    report = diff_recordings(*pair(tmp_path, blocks), single_step="numpy")
+    steps = [comparison(report, f"layers.{number}.self_attn", "single_step.output") for number in range(4)]
+    assert [step.verdict in ("equal", "rounding") for step in steps] == [True, True, False, True]
+    assert steps[2].side == "second"
+
+
+def test_single_step_without_the_backend_says_so(tmp_path: Path) -> None:
+    report = diff_recordings(*pair(tmp_path), single_step="torch@0.1")
+    assert report.ok
+    assert "the reference stands in" in report.notes[0]
+    with pytest.raises(ArgumentTypeError, match="single_step"):
+        diff_recordings(tmp_path / "a", tmp_path / "b", single_step=3)  # type: ignore[arg-type]
+
+
+def test_pictures(tmp_path: Path) -> None:
+    record(tmp_path / "c", "torch", encoder("torch"), need_weights=False)
+    report = diff_recordings(pair(tmp_path)[0], tmp_path / "c", pictures=True)
+    drawn = {(picture.layer, picture.tensor): picture for picture in report.pictures}
+    assert len(drawn[("layers.0.self_attn", "attn_weights")].maps) == H
+    assert ("layers.3.self_attn", "output") in drawn
+
+
+def test_pieces_give_the_same_verdict_as_the_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    blocks = encoder("megengine")
+    blocks[3].used = blocks[3].spec.replace(scale=1.0)
+    paths = pair(tmp_path, blocks, mask=None)
+    whole = diff_recordings(*paths)
+    monkeypatch.setattr(judging, "_SCORES", 2 * H * recordings.L)
+    parts = diff_recordings(*paths)
+    for layer in ("layers.0.self_attn", "layers.3.self_attn"):
+        for tensor in ("output", "attn_weights"):
+            a, b = comparison(whole, layer, tensor), comparison(parts, layer, tensor)
+            assert (a.verdict, a.side, a.index) == (b.verdict, b.side, b.index)
+            assert a.distances[1].max_error == b.distances[1].max_error
+            assert a.distances[1].index == b.distances[1].index
+
+
+def test_long_calls_are_judged_where_they_differ_most(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = record(tmp_path / "a", "torch", encoder("torch", layers=1), seed=1).path
+    monkeypatch.setattr(judging, "_SCORES", H * recordings.L)
+    monkeypatch.setattr(judging, "_WORK", 1.0)
+    data = bytearray(first.read_bytes())
+    with open_recording(first) as recording:
+        tensor = recording.stored(recording.calls[0].outputs[0])
+        assert tensor is not None
+        offset = tensor.extents[0].offset + 4 * (recordings.N * recordings.E * 4 + recordings.E + 3)  # row 4, batch 1
+    data[offset : offset + 4] = struct.pack("<f", 9.0)
+    (tmp_path / "b").write_bytes(data)
+    report = diff_recordings(first, tmp_path / "b")
+    found = comparison(report, "layers.0.self_attn", "output")
+    assert (found.side, found.distances[1].index) == ("second", (1, 4, 3))
+    assert "in 1 of 12 pieces" in notes(report, "layers.0.self_attn")
+
+
+def test_memory_does_not_grow_with_the_calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(judging, "_SCORES", 1 << 14)
+
+    def peak(layers: int) -> int:
+        record(tmp_path / f"a{layers}", "torch", encoder("torch", layers=layers), big, seed=1)
+        tracemalloc.start()
+        assert diff_recordings(tmp_path / f"a{layers}", tmp_path / f"a{layers}").ok
+        found = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return found
+
+    big = np.random.default_rng(0).standard_normal((512, 8, recordings.E)).astype(np.float32)
+    peak(1)
+    few, many = peak(2), peak(6)
+    assert many < 1.3 * few
+
+
+# -- the tree ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_tree_marks_the_first_divergence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    blocks = encoder("megengine", layers=24)
+    weights = blocks[9].weights
+    blocks[9].weights = dataclasses.replace(weights, v_weight=-weights.v_weight)
+    record(tmp_path / "a", "torch", encoder("torch", layers=24), seed=1)
+    record(tmp_path / "b", "megengine", blocks, seed=2)
+    trees.print_tree(diff_recordings(tmp_path / "a", tmp_path / "b"))
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "└─ layers"
+    assert lines[2].split() == ["├─", "...", "7", "layers", "equal", "or", "rounding"]
+    (marked,) = [line for line in lines if "<--- first divergence: the weights differ: v_weight" in line]
+    assert marked.split()[1:3] == ["9.self_attn", "off"]
+    assert any("... 12 layers differ, since their inputs do" in line for line in lines)
+    assert len(lines) == 8
+
+
+def test_the_tree_escapes_what_a_terminal_obeys(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    record(tmp_path / "a", "torch", encoder("torch", layers=1), names="\x1b[2J{}")
+    trees.print_tree(diff_recordings(tmp_path / "a", tmp_path / "a"))
+    assert "\x1b" not in capsys.readouterr().out
+
+
+# -- real models -------------------------------------------------------------------------------------------------------
+
+
+def real(framework: str, path: Path, spec: Any, weights: Any, fault: str = "") -> Path:
+    """An encoder of a framework's own, recorded as people do it."""
+    import importlib
+    import warnings
+
+    from mhabridge.recording import record as recording
+
+    model = importlib.import_module(f"mhabridge.adapters.{framework}").transformer.build(spec, weights)
+    x = np.random.default_rng(0).standard_normal((2, 10, spec.embed_dim)).astype(np.float32)
+    mask = np.zeros((2, 10), bool)
+    mask[1, 7:] = True
+    if framework == "torch":
+        import torch
+
+        model.eval()
+        for layer in model.layers if fault == "epsilon" else []:
+            layer.norm2.eps = 1e-6
+        if fault == "bias":
+            model.layers[4].linear2.bias.data.zero_()
+        with torch.no_grad(), recording(model, path), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model(torch.from_numpy(x), src_key_padding_mask=torch.from_numpy(mask))
+    else:
+        import mindspore
+
+        model.set_train(False)
+        with recording(model, path):
+            model(mindspore.Tensor(x), src_key_padding_mask=mindspore.Tensor(mask))
+    return path
+
+
+@pytest.mark.frameworks
+def test_real_encoders_of_twelve_layers(tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    pytest.importorskip("mindspore")
+    from mhabridge.transformer import TransformerSpec
+    from mhabridge.transformer_weights import TransformerWeights
+
+    spec = TransformerSpec("encoder", 64, 4, dim_feedforward=256, dropout=0.0, num_encoder_layers=12, batch_first=True)
+    weights = TransformerWeights.random(spec)
+    first = real("torch", tmp_path / "torch", spec, weights)
+    second = real("mindspore", tmp_path / "mindspore", spec, weights)
+    report = diff_recordings(first, second)
+    assert report.ok, [entry for entry in report.entries if not entry.ok][:3]
+    assert len(report.layers) == 12
+    assert any(entry.comparison.verdict == "rounding" for entry in report.entries)
+    for fault, layer in (("epsilon", "layers.1.self_attn"), ("bias", "layers.5.self_attn")):
+        wrong = diff_recordings(second, real("torch", tmp_path / fault, spec, weights, fault))
+        assert wrong.first_divergence == layer
+        assert "look before this layer" in notes(wrong, layer)
