@@ -25,6 +25,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from mhabridge.backends import backends
+
 WORKER = Path(__file__).with_name("converting_worker.py")
 COMMAND = str(Path(sys.executable).with_name("mhabridge"))
 HEADS = 16
@@ -63,6 +65,7 @@ CASES = (
 PEERS = (
     ("torch.load + mindspore.save_checkpoint", "torch_to_mindspore", "encoder.pt", ("ckpt", "mindspore"), 8.0),
     ("safetensors + .T + pickle.dump", "packed_pickle", "e1024.safetensors", ("pkl", "megengine"), 8.0),
+    ("numpy + .T + megengine.save", "packed_megengine", "e1024.npz", ("pkl", "megengine"), 8.0),
     (
         "mindspore.ckpt_to_safetensors",
         "mindspore_to_safetensors",
@@ -75,6 +78,12 @@ PEERS = (
 )
 
 
+# Jobs that another interpreter does, where there is one.
+PYTHONS = {
+    job: info.python for info in backends() for job in ["packed_megengine"] if info.ok and info.name == "megengine"
+}
+
+
 class Bench:
     """Runs jobs on checkpoints in a folder, and counts the limits that were not met."""
 
@@ -83,7 +92,8 @@ class Bench:
         self.failed = 0
 
     def job(self, name: str, *arguments: Any) -> dict[str, Any]:
-        command = [sys.executable, str(WORKER), name, json.dumps(arguments)]
+        python = PYTHONS.get(name, sys.executable)
+        command = [python, str(WORKER), name, json.dumps(arguments)]
         done = subprocess.run(command, check=True, capture_output=True, text=True)
         return dict(json.loads(done.stdout.splitlines()[-1]))
 
@@ -95,7 +105,7 @@ class Bench:
         stem, _, ending = name.partition(".")
         layers = {"encoder": 21, "e1024": 64, "e4096": 4}[stem.partition("-")[0]] * self.gigabytes
         if ending != "pt":
-            to = {"safetensors": "torch", "ckpt": "mindspore", "pkl": "megengine"}[ending]
+            to = {"safetensors": "torch", "ckpt": "mindspore", "pkl": "megengine", "npz": "torch"}[ending]
             self.job("convert", str(self.source(f"{stem}.pt")), str(path), to, HEADS, False)
         elif stem.startswith("encoder"):
             self.job("make_encoder", str(path), max(round(layers), 1))
@@ -112,10 +122,10 @@ class Bench:
         with self.target("copy") as target:
             return seconds(["cp", str(source), str(target)])
 
-    def convert(self, case: Conversion, verify: bool = False) -> dict[str, Any]:
+    def convert(self, case: Conversion, verify: bool = False, workers: int | None = None) -> dict[str, Any]:
         source = str(self.source(case.source))
         with self.target(case.ending) as target:
-            return self.job("convert", source, str(target), case.to, HEADS, verify)
+            return self.job("convert", source, str(target), case.to, HEADS, verify, workers)
 
     @contextlib.contextmanager
     def target(self, ending: str) -> Iterator[Path]:
@@ -198,21 +208,39 @@ def inspecting(bench: Bench) -> None:
 
 
 def several(bench: Bench) -> None:
-    """Four files of a quarter each, as ``mhabridge convert a b c d folder`` takes them: two at a time."""
-    heading(
-        "four files, two at a time, beside one after another",
-        f"{'conversion':<33} {'s':>6} {'faster x':>9} {'min':>5} {'limit':>5}",
-    )
+    """One file by two threads beside one; and four files of a quarter each, two at a time, each by one thread."""
+    columns = f"{'conversion':<33} {'s':>6} {'faster x':>9} {'min':>5} {'limit':>5}"
+    heading("one file, two threads beside one", columns)
+    bench.keep_only()
+    for ending, to in (("safetensors.index.json", "mindspore"), ("pkl", "megengine")):
+        case, title = Conversion("e1024.pt", ending, to, 0.0), "e1024.pt -> 4 shards"
+        rows = [[bench.convert(case, workers=count)["seconds"] for count in (1, 2)] for _ in range(bench.pairs + 1)]
+        faster_row(bench, title if "index" in ending else str(case), rows)
+    heading("four files, two at a time beside one after another; and so with cp, for what the disk allows", columns)
     bench.keep_only()
     quarter = Bench(bench.folder, bench.gigabytes / 4, bench.pairs)
     files = [str(quarter.source(f"e1024-{number}.pt")) for number in range(4)]
     for ending, to in (("safetensors", "mindspore"), ("pkl", "megengine")):
         rows = [[at_once_seconds(bench, files, to, ending, count) for count in (1, 2)] for _ in range(bench.pairs + 1)]
-        alone, together = ([row[which] for row in rows[1:]] for which in (0, 1))
-        median, shortest = ratios(alone, together)
-        met = bench.verdict(max(median, shortest) >= 1.6)
-        title = f"e1024.pt -> .{ending}"
-        print(f"{title:<33} {min(together):>6.2f} {median:>9.2f} {shortest:>5.2f} {1.6:>5} {met}", flush=True)
+        faster_row(bench, f"e1024.pt -> .{ending}", rows)
+    rows = [[copies_at_once_seconds(bench, files, count) for count in (1, 2)] for _ in range(bench.pairs + 1)]
+    faster_row(bench, "cp", rows, limit=None)
+
+
+def faster_row(bench: Bench, title: str, rows: list[list[float]], limit: float | None = 1.6) -> None:
+    alone, together = ([row[which] for row in rows[1:]] for which in (0, 1))
+    median, shortest = ratios(alone, together)
+    met = "" if limit is None else f"{limit:>5} {bench.verdict(max(median, shortest) >= limit)}"
+    print(f"{title:<33} {min(together):>6.2f} {median:>9.2f} {shortest:>5.2f} {met}", flush=True)
+
+
+def copies_at_once_seconds(bench: Bench, files: list[str], count: int) -> float:
+    with tempfile.TemporaryDirectory(dir=bench.folder) as folder:
+        start = time.perf_counter()
+        for first in range(0, len(files), count):
+            running = [subprocess.Popen(["cp", file, folder]) for file in files[first : first + count]]
+            assert not any(one.wait() for one in running)
+        return time.perf_counter() - start
 
 
 def at_once_seconds(bench: Bench, files: list[str], to: str, ending: str, count: int) -> float:
@@ -249,8 +277,9 @@ def peers(bench: Bench) -> None:
         f"{'memory':>7} {'limit':>5} {'':7} {'verified':>8}",
     )
     for title, job, source, (ending, to), limit in PEERS:
-        if job == "troubleshooter" and importlib.util.find_spec("troubleshooter") is None:
-            print(f"{title:<40} skipped: it is not installed (pip install troubleshooter)")
+        missing = why_not(job)
+        if missing:
+            print(f"{title:<40} skipped: {missing}", flush=True)
             continue
         bench.keep_only(source.partition(".")[0])
         case = Conversion(source, ending, to, 0.0)
@@ -267,6 +296,18 @@ def peers(bench: Bench) -> None:
             f"{bench.verdict(memory <= 0.1) if limit else '':<7} {verified:>8.1f}",
             flush=True,
         )
+
+
+def why_not(job: str) -> str:
+    """Why a peer cannot be measured here; nothing when it can."""
+    if job == "packed_megengine" and job not in PYTHONS:
+        return "it is not installed (mhabridge backends install megengine)"
+    if job != "troubleshooter":
+        return ""
+    if importlib.util.find_spec(job) is None:
+        return "it is not installed (pip install --no-deps troubleshooter)"
+    tried = subprocess.run([sys.executable, "-c", f"import {job}"], capture_output=True, text=True)
+    return f"it cannot be imported ({tried.stderr.strip().splitlines()[-1]})" if tried.returncode else ""
 
 
 def peer_row(bench: Bench, job: str, case: Conversion) -> list[tuple[float, float]]:

@@ -2,7 +2,7 @@
 
 What a layout is, and how weights go through one, is in ``mhabridge.packing``. Here nothing is known but names and
 shapes. They never tell the number of heads; and MegEngine's packed vector tells its length only, which is read when
-all but one reading of it are ruled out by what else is known.
+all but one reading of it are ruled out by what else is known (a bias_k beside it tells embed_dim).
 
 This module also runs inside workers (Python 3.8).
 """
@@ -78,6 +78,7 @@ def recognise(names_and_shapes: Mapping[str, Shape], prefix: str = "", **known: 
         layout, fields, notes = _recognise_vector(layout, own, prefix, known)
     else:
         fields = {**_facts(layout, own, prefix), **known}
+    if fields:
         packing.check_tensors(layout, own, MHASpec(**{"num_heads": 1, **fields}), prefix=prefix)
     notes += packing.left_beside(layout, names_and_shapes, prefix)
     facts = {name: value for name, value in fields.items() if name not in ("num_heads", "dtype")}
@@ -327,6 +328,21 @@ def _is_vector(layout: Layout) -> bool:
     return any("flatten" in tensor.steps for tensor in layout.tensors)
 
 
+def _vector(layout: Layout) -> str:
+    """The name of the packed vector."""
+    return next(tensor.name for tensor in layout.tensors if "flatten" in tensor.steps)
+
+
+def _with_facts_beside(layout: Layout, own: Mapping[str, Shape], known: Mapping[str, Any]) -> dict[str, Any]:
+    """What is known, and what the tensors beside a packed vector tell: there is a bias_k, of embed_dim numbers."""
+    beside = [tensor for tensor in layout.tensors if "bias_k" in tensor.parts]
+    facts: dict[str, Any] = {}
+    for tensor in beside:
+        shape = rearrange.part_shape(tensor.steps, own[tensor.name]) if tensor.name in own else None
+        facts = {"add_bias_kv": tensor.name in own, **({"embed_dim": shape[0]} if shape and len(shape) == 1 else {})}
+    return {**facts, **known}
+
+
 def _recognise_vector(
     layout: Layout, own: Mapping[str, Shape], prefix: str, known: Mapping[str, Any]
 ) -> tuple[Layout, dict[str, Any], list[str]]:
@@ -334,7 +350,8 @@ def _recognise_vector(
     error: MHABridgeError | None = None
     for candidate in _of_same_names(layout):
         try:
-            readings = _readings(candidate, _vector_length(candidate, own, prefix), known)
+            all_known = _with_facts_beside(candidate, own, known)
+            readings = _readings(candidate, _vector_length(candidate, own, prefix), all_known)
             if readings:
                 return (candidate, *_vector_facts(candidate, own, prefix, known))
         except UnsupportedError as refusal:  # what is known says that it is not this one
@@ -349,19 +366,19 @@ def _vector_facts(
 ) -> tuple[dict[str, Any], list[str]]:
     """The one reading of a vector's length, and what to say of it."""
     length = _vector_length(layout, own, prefix)
-    readings = _readings(layout, length, known)
+    readings = _readings(layout, length, _with_facts_beside(layout, own, known))
     if len(readings) != 1 or readings[0].left_open:
         raise _unsettled(layout, own, prefix, known, readings)
     fields = readings[0].fields
     concluded = {name: value for name, value in fields.items() if name not in known}
     others = [other.name for other in _of_same_names(layout) if other != layout]
-    note = f"{packing.join(prefix, layout.tensors[0].name)}: {length} numbers, read in the layout {layout.name} as "
+    note = f"{packing.join(prefix, _vector(layout))}: {length} numbers, read in the layout {layout.name} as "
     note += f"{_said(concluded)} for the given {_said(known)}." if concluded else f"{_said(known)}, all of it given."
     return fields, [f"{note} {', '.join(others)} packs other layers under the same name." if others else note]
 
 
 def _vector_length(layout: Layout, own: Mapping[str, Shape], prefix: str) -> int:
-    name = layout.tensors[0].name
+    name = _vector(layout)
     shape = tuple(own.get(name, ()))
     if len(shape) != 2 or shape[0] != 1:
         raise WeightsError(
@@ -420,8 +437,7 @@ def _reading(layout: Layout, length: int, fields: dict[str, Any]) -> tuple[_Read
 
 def _length(layout: Layout, fields: Mapping[str, Any]) -> int:
     """How long the vector of such a layer is."""
-    shapes = layout.shapes(MHASpec(**{"num_heads": 1, **fields}))
-    return sum(shape[-1] for shape in shapes.values())
+    return layout.shapes(MHASpec(**{"num_heads": 1, **fields}))[_vector(layout)][-1]
 
 
 def _unsettled(
@@ -431,7 +447,7 @@ def _unsettled(
     more = f"; or {len(readings) - _LISTED} more" if len(readings) > _LISTED else ""
     return ArgumentError(
         "embed_dim, kdim, vdim, bias",
-        given=f"{packing.join(prefix, layout.tensors[0].name)} with {_vector_length(layout, own, prefix)} numbers "
+        given=f"{packing.join(prefix, _vector(layout))} with {_vector_length(layout, own, prefix)} numbers "
         f"and {_said(known)}",
         expected="values that give this length, and leave one reading",
         advice=f"In the layout {layout.name} it could be {listed}{more}. Say which; kdim=None means embed_dim.",

@@ -13,6 +13,7 @@ import pickle
 import struct
 import subprocess
 import sys
+import tracemalloc
 import zipfile
 
 import numpy as np
@@ -20,11 +21,12 @@ import pytest
 
 from mhabridge.checkpoint.conversion import convert_checkpoint
 from mhabridge.checkpoint.fingerprints import fingerprint
-from mhabridge.checkpoint.formats.known import open_checkpoint
+from mhabridge.checkpoint.formats.known import FORMATS, open_checkpoint
 from mhabridge.checkpoint.formats.mindspore_entries import head_of
 from mhabridge.checkpoint.inspection import inspect_checkpoint
 from mhabridge.checkpoint.storage.stored import StoredFile
-from mhabridge.errors import CheckpointError
+from mhabridge.checkpoint.storage.writing import Outgoing, Sink
+from mhabridge.errors import CheckpointError, MHABridgeError
 
 NUMBERS = np.arange(16, dtype="<f4").tobytes()
 ESCAPES = "\x1b[2J\x1b]0;title\x07\n\0\u202e"
@@ -123,13 +125,24 @@ def test_members_that_name_files_elsewhere_write_none(tmp_path):
         tensor((4,), (1,), start=-1),
         tensor((-4, -4), (4, 1)),
         tensor((2, 2), (2**61, 2**61)),
-        tensor((10**6, 10**6), (0, 0)),
         tensor((4, 4), (4, 1), kind="DoubleStorage"),
         tensor((4, 4), (4, 1), key="../0"),
     ],
 )
 def test_a_tensor_that_is_not_in_its_storage(tmp_path, lie):
     refused(made(tmp_path, "a.pt", archive(state_dict(lie))), "w0|no member")
+
+
+@pytest.mark.parametrize("name", ["w0", "attn.in_proj_weight"])
+def test_a_view_that_would_take_any_memory(tmp_path, name):
+    names = [name, "attn.out_proj.weight"]
+    for shape in ((10**6, 10**6), (3 * 2**29, 2**29), (2**30, 2**30)):
+        path = made(tmp_path, "a.pt", archive(state_dict(tensor(shape, (0, 0)), HONEST, names=names)))
+        for to, heads in ((None, None), ("megengine", 4)):
+            with pytest.raises(MHABridgeError, match=r"w0|attn"):
+                convert_checkpoint(path, tmp_path / "b.pkl", to=to, num_heads=heads)
+        with open_checkpoint(path) as file, pytest.raises(CheckpointError, match=f"{name}: given an expanded view"):
+            file.read(name)
 
 
 PEAK = r"""
@@ -309,8 +322,10 @@ def attention(tmp_path):
 )
 def test_a_hostile_file_beside_the_checkpoint(attention, tmp_path, name, content):
     (tmp_path / name).write_bytes(content)
+    # With the number of heads given, nobody needs a config.json, and a broken one is only spoken of.
+    heads = None if name == "config.json" else 2
     with pytest.raises(CheckpointError, match=name.replace(".", r"\.")):
-        convert_checkpoint(attention, tmp_path / "b.ckpt", to="mindspore", num_heads=2)
+        convert_checkpoint(attention, tmp_path / "b.ckpt", to="mindspore", num_heads=heads)
     info = inspect_checkpoint(attention)
     assert len(info.to_json()) < 10_000
 
@@ -380,3 +395,20 @@ def test_a_source_that_changes_while_it_is_read(source, tmp_path):
 
     assert convert_checkpoint(source, tmp_path / "b.npz", progress=disturb).verified is False
     assert not (tmp_path / "b.npz").exists()
+
+
+@pytest.mark.parametrize(("ending", "most"), [("pkl", 1500), ("pt", 1800), ("safetensors", 880)])
+def test_an_empty_tensor_takes_little_memory(tmp_path, ending, most):
+    """A few bytes of a hostile file are a tensor: a quarter of a million of them must not fill the memory."""
+    count, (module,) = 4000, [one for one in FORMATS if f".{ending}" in one.endings]
+    tensors = [Outgoing(f"layer.{number}.weight", "float32", (0,), lambda sink: None) for number in range(count)]
+    with (tmp_path / f"a.{ending}").open("wb") as file:
+        module.write(Sink(file.fileno()), tensors)
+    open_checkpoint(tmp_path / f"a.{ending}").close()
+    tracemalloc.start()
+    try:
+        with open_checkpoint(tmp_path / f"a.{ending}") as file:
+            assert len(file) == count
+            assert tracemalloc.get_traced_memory()[1] / count < most
+    finally:
+        tracemalloc.stop()

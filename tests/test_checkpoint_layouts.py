@@ -9,14 +9,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mhabridge import dtypes
+from mhabridge import dtypes, layouts
 from mhabridge.checkpoint.conversion import ConversionReport, convert_checkpoint
 from mhabridge.checkpoint.fingerprints import fingerprint
+from mhabridge.checkpoint.formats import safetensors_file
 from mhabridge.checkpoint.formats.known import open_checkpoint
 from mhabridge.checkpoint.inspection import inspect_checkpoint
 from mhabridge.errors import ArgumentError, ArgumentTypeError, CheckpointError, UnsupportedError, WeightsError
 from mhabridge.spec import MHASpec
 from mhabridge.weights import MHAWeights
+from tests.checkpoint_files import outgoing, written
 
 NO_QKV_BIAS = {"q_bias": False, "k_bias": False, "v_bias": False}
 LAYOUTS = {
@@ -233,10 +235,31 @@ def test_a_layout_that_cannot_hold_the_layer_is_refused(tmp_path: Path) -> None:
     spec = MHASpec(8, 2, add_bias_kv=True)
     np.savez(tmp_path / "a.npz", **MHAWeights.random(spec).to_layout("torch", spec, prefix="attn"))
     with pytest.raises(UnsupportedError, match="bias_k, bias_v"):
-        convert_checkpoint(tmp_path / "a.npz", tmp_path / "b.pkl", to="megengine")
+        convert_checkpoint(tmp_path / "a.npz", tmp_path / "b.pkl", to="megengine", layout="megengine")
     assert convert_checkpoint(tmp_path / "a.npz", tmp_path / "b.ckpt", to="mindspore").verified
     assert convert_checkpoint(tmp_path / "b.ckpt", tmp_path / "c.npz", to="torch").verified
     assert contents(tmp_path / "c.npz") == contents(tmp_path / "a.npz")
+
+
+def test_a_bias_k_beside_a_packed_vector_tells_its_width() -> None:
+    shapes = {"a.io_weight_bias": (1, 4 * 64 + 4 * 8), "a.bias_k": (1, 1, 8), "a.bias_v": (1, 1, 8)}
+    found = layouts.recognise(shapes, "a", kdim=None, vdim=None)
+    assert (found.layout, found.tensors) == ("megengine-dropin", tuple(shapes))
+    assert {name: found.facts[name] for name in ("embed_dim", "bias", "add_bias_kv")} == {
+        "embed_dim": 8,
+        "bias": True,
+        "add_bias_kv": True,
+    }
+    open_sizes = layouts.recognise(shapes, "a")
+    assert (open_sizes.layout, open_sizes.facts) == ("megengine-dropin", {})
+    assert "embed_dim=8, bias=True, kdim + vdim = 16" in open_sizes.notes[0]
+    for wrong in ((1, 1, 7), (8,), (1, 1, 0)):
+        with pytest.raises((ArgumentError, WeightsError), match=r"a\.(io_weight_bias|bias_k)"):
+            layouts.recognise({**shapes, "a.bias_k": wrong}, "a", kdim=None, vdim=None)
+    with pytest.raises(WeightsError, match=r"a\.bias_v"):
+        layouts.recognise(
+            {name: shape for name, shape in shapes.items() if name != "a.bias_v"}, "a", kdim=None, vdim=None
+        )
 
 
 def test_one_layer_has_one_dtype(tmp_path: Path) -> None:
@@ -264,18 +287,90 @@ def test_heads_come_from_the_user_the_file_or_config_json_or_stay_unknown(tmp_pa
     assert heads(source, num_heads=4) == (4, [])
     (tmp_path / "config.json").write_text('{"num_attention_heads": 2}')
     assert heads(source) == (2, [])
-    assert heads(source, num_heads=8) == (8, [])
+    other = f"{tmp_path / 'config.json'}: it has num_attention_heads=2; num_heads=8 is given."
+    assert heads(source, num_heads=8) == (8, [other])
+    assert heads(source, num_heads=2) == (2, [])
     convert_checkpoint(source, tmp_path / "c.npz", to="torch", num_heads=4)
     assert heads(tmp_path / "c.npz") == (4, [])  # what travels with a file is nearer than config.json
     found, notes = heads(tmp_path / "c.npz", num_heads=8)
-    assert (found, len(notes)) == (8, 2)
-    assert "num_heads=8 is given, and what is known of the layer says 4" in notes[0]
+    assert (found, len(notes), notes[0]) == (8, 3, other)
+    assert "num_heads=8 is given, and what is known of the layer says 4" in notes[1]
     for wrong in (3, 0, -1):
         with pytest.raises((ArgumentError, CheckpointError), match="num_heads"):
             heads(source, num_heads=wrong)
     (tmp_path / "config.json").write_text('{"num_attention_heads": 2, "rotary_dim": 4}')
     with pytest.raises(UnsupportedError, match="rotary"):
         heads(source)
+
+
+def test_what_the_target_cannot_hold_is_named_with_its_layer(tmp_path: Path) -> None:
+    spec = MHASpec(8, 2, add_bias_kv=True)
+    np.savez(tmp_path / "a.npz", **MHAWeights.random(spec).to_layout("torch", spec, prefix="enc.1.attn"))
+    with pytest.raises(UnsupportedError, match=r"^enc\.1\.attn: bias_k, bias_v: given in the spec; .* hf-bert"):
+        convert_checkpoint(tmp_path / "a.npz", tmp_path / "b.npz", to="torch", layout="hf-bert")
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ("{", r"config\.json: given no JSON"),
+        ("[" * 200_000, r"config\.json: given no JSON .*nested too deep"),
+        ("[2]", r"config\.json: given \[2\], which is no object"),
+        ('{"n_head": "2"}', r'config\.json: n_head: given "2"; expected a positive integer'),
+        ('{"n_head": 2, "num_kv_heads": 0}', r"config\.json: num_kv_heads: given 0; expected a positive"),
+        ('{"n_head": 3}', r"config\.json: n_head: given 3, and encoder\.0\.attn has embed_dim 8"),
+        (
+            '{"n_head": 2, "hidden_size": 16}',
+            r"config\.json: hidden_size: given 16, and encoder\.0\.attn has embed_dim",
+        ),
+    ],
+)
+def test_a_config_that_does_not_fit_is_named_and_only_a_note_beside_num_heads(
+    config: str, said: str, tmp_path: Path
+) -> None:
+    source = file_of(tmp_path, "hf-bert")
+    (tmp_path / "config.json").write_text(config)
+    for fails in (lambda: heads(source), lambda: fingerprint(source)):
+        with pytest.raises(CheckpointError, match=said + ".*--num-heads"):
+            fails()
+    assert "--num-heads" in inspect_checkpoint(source).notes[0]
+    found, notes = heads(source, num_heads=2)
+    assert found == 2
+    assert any("config.json" in note and "num_heads=2 does not come from there" in note for note in notes)
+    fingerprint(source, num_heads=2)
+    assert convert_checkpoint(source, tmp_path / "c.npz", to="torch", num_heads=2).verified
+    assert heads(tmp_path / "c.npz")[0] == 2  # travels, so that config.json is not asked
+
+
+def test_a_config_of_one_width_does_not_tell_the_heads_of_others(tmp_path: Path) -> None:
+    named = {
+        **MHAWeights.random(MHASpec(8, 2)).to_layout("torch", MHASpec(8, 2), prefix="wide"),
+        **MHAWeights.random(MHASpec(6, 2)).to_layout("torch", MHASpec(6, 2), prefix="narrow"),
+    }
+    np.savez(tmp_path / "a.npz", **named)
+    for config in ('{"n_head": 4}', '{"n_head": 2, "hidden_size": 8}'):
+        (tmp_path / "config.json").write_text(config)
+        info = inspect_checkpoint(tmp_path / "a.npz")
+        assert [block.heads_known for block in info.blocks] == [True, False]
+        assert "narrow has embed_dim 6: that layer's number of heads is not taken from there." in info.notes[0]
+    (tmp_path / "config.json").write_text('{"n_head": 2, "hidden_size": 8, "true_hidden_size": 6}')
+    assert all(block.heads_known for block in inspect_checkpoint(tmp_path / "a.npz").blocks)
+
+
+@pytest.mark.timeout(30)
+def test_names_of_many_dots_take_no_time(tmp_path: Path) -> None:
+    deep = "a." * 25_000
+    named = {"." * 55_000 + "w": np.ones(2), f"{deep}fc.weight": np.ones((2, 2))}
+    named |= MHAWeights.random(MHASpec(8, 2)).to_layout("torch", MHASpec(8, 2), prefix=f"{deep}self_attn")
+    source = tmp_path / "a.safetensors"
+    written(source, safetensors_file, [outgoing(name, "float32", array) for name, array in named.items()], [], {})
+    (block,) = inspect_checkpoint(source).blocks
+    assert block.prefix == f"{deep}self_attn"
+    fingerprint(source)
+    first = tmp_path / "b.safetensors"
+    assert convert_checkpoint(source, first, to="mindspore", kinds={"*": "linear"}).verified
+    assert convert_checkpoint(first, tmp_path / "c.safetensors", rename=f"{deep}*=b.*").verified
+    assert inspect_checkpoint(tmp_path / "c.safetensors").blocks[0].prefix == "b.self_attn"
 
 
 # -- what travels with a file ------------------------------------------------------------------------------------------
@@ -304,9 +399,7 @@ def test_specs_are_found_when_the_layers_are_renamed(tmp_path: Path) -> None:
     travelling(tmp_path, ".pkl")
     report = convert_checkpoint(tmp_path / "a.pkl", tmp_path / "b.npz", to="torch", rename=["encoder.*=deep.*"])
     assert report.verified
-    assert convert_checkpoint(
-        tmp_path / "b.npz", tmp_path / "c.npz", to="torch", layout="whisper", rename={"x": "y"}
-    ).verified
+    assert convert_checkpoint(tmp_path / "b.npz", tmp_path / "c.npz", to="torch", layout="whisper").verified
     assert {name.partition(".")[0] for name in contents(tmp_path / "c.npz")} == {"deep", "wte"}
 
 
@@ -325,6 +418,7 @@ def test_specs_are_found_when_the_layers_are_renamed(tmp_path: Path) -> None:
         '{"mhabridge": 1, "framework": "torch", "attention": {"a": {"layout": "no"}}, "kinds": {}}',
         '{"mhabridge": 1, "framework": "torch", "attention": {"a": {"layout": "torch", "embed_dim": -1}}, "kinds": {}}',
         '{"mhabridge": 1, "framework": "torch", "attention": {"a": {"layout": "torch", "embd": 4}}, "kinds": {}}',
+        '{"mhabridge": 1, "framework": "torch", "attention": {"a": {"layout": "llama", "embed_dim": 8}}, "kinds": {}}',
         "[" * 100_000,
     ],
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import pytest
 from mhabridge import mapping
 from mhabridge.backends import shipping
 from mhabridge.backends.worker import Worker
-from mhabridge.checkpoint.conversion import convert_checkpoint
+from mhabridge.checkpoint.conversion import ConversionReport, convert_checkpoint
 from mhabridge.checkpoint.fingerprints import fingerprint
 from mhabridge.checkpoint.formats.known import open_checkpoint
 from mhabridge.checkpoint.planning import kinds, modules
@@ -198,11 +199,23 @@ def test_the_targets_names_and_shapes_decide() -> None:
 def test_what_is_stated_must_fit() -> None:
     found = modules.readings({"weight": (8, 3, 5, 5)}, "torch")
     assert str(kinds.stated("x", found, "grouped_conv2d:4", "megengine")) == "grouped_conv2d:4"
-    for wrong in ("linear", "grouped_conv2d:x", "conv2", ""):
+    for wrong in ("linear", "grouped_conv2d:x", "conv2", "", "grouped_conv2d", "grouped_conv2d:1", "grouped_conv2d:0",
+                  "conv2d:4", "conv2d:", "grouped_conv2d:" + "9" * 10_000):  # fmt: skip
         with pytest.raises(ArgumentError, match="kind of x"):
             kinds.stated("x", found, wrong, "megengine")
     with pytest.raises(ArgumentError, match="a divisor of 8"):
-        kinds.stated("x", found, "grouped_conv2d:3", "megengine").written("megengine")
+        kinds.stated("x", found, "grouped_conv2d:3", "megengine")
+    with pytest.raises(ArgumentError, match="In groups it is grouped_conv2d:4"):
+        kinds.stated("x", found, "conv2d:4", "megengine")
+    one = modules.readings({"weight": (1, 3, 5, 5)}, "torch")
+    with pytest.raises(ArgumentError, match="grouped_conv2d"):
+        kinds.stated("x", one, "grouped_conv2d:2", "megengine")
+    told = modules.readings({"weight": (4, 2, 3, 5, 5)}, "megengine")
+    assert str(kinds.stated("x", told, "grouped_conv2d", "torch")) == "grouped_conv2d:4"
+    assert str(kinds.stated("x", told, "grouped_conv2d:4", "torch")) == "grouped_conv2d:4"
+    for wrong in ("grouped_conv2d:2", "linear:1"):
+        with pytest.raises(ArgumentError, match="kind of x"):
+            kinds.stated("x", told + modules.readings({"weight": (4, 2)}), wrong, "torch")
 
 
 def test_a_layer_that_the_target_does_not_have_is_refused() -> None:
@@ -222,6 +235,85 @@ def test_doubts_are_told_in_one_note(tmp_path: Path) -> None:
     report = convert_checkpoint(tmp_path / "a.npz", tmp_path / "c.pth", to="torch", source="mindspore", kinds=said)
     assert {entry.after for entry in report.entries} == {(4, 3, 1)}
     assert not any("read as" in note for note in report.notes)
+
+
+def entry_of(report: ConversionReport, name: str) -> tuple[Any, str]:
+    return next((entry.after, entry.rule) for entry in report.entries if entry.target == name)
+
+
+def test_groups_are_a_decision_that_is_shown_counted_and_remembered(tmp_path: Path) -> None:
+    weight = np.arange(8 * 3 * 4, dtype="f4").reshape(8, 3, 2, 2)  # in 4 groups: no shape of PyTorch's tells
+    np.savez(tmp_path / "a.npz", **{"stem.weight": weight})
+    convert = functools.partial(convert_checkpoint, force=True)
+    open_rule, note = "conv2d; could be grouped_conv2d", "stem: read as conv2d; by names and shapes it could be"
+
+    for source in ("a.npz", "mindspore.npz"):  # what travels with the second one is no decision either
+        convert(tmp_path / "a.npz", tmp_path / "mindspore.npz", to="mindspore", source="torch")
+        report = convert(tmp_path / source, tmp_path / "b.npz", to="megengine")
+        assert entry_of(report, "stem.weight") == ((8, 3, 2, 2), open_rule)
+        assert report.counts == {open_rule: 1}
+        assert report.notes[0].startswith(note)
+
+    said = {"stem": "grouped_conv2d:4"}
+    for to in ("torch", "mindspore", "megengine"):
+        convert(tmp_path / "a.npz", tmp_path / f"{to}.npz", to=to, kinds=said)
+        report = convert(tmp_path / f"{to}.npz", tmp_path / "b.npz", to="megengine")
+        assert entry_of(report, "stem.weight") == ((4, 2, 3, 2, 2), "grouped_conv2d:4"), to
+        assert not any("read as" in one for one in report.notes)
+        back = convert(tmp_path / "b.npz", tmp_path / "c.npz", to="torch")
+        assert entry_of(back, "stem.weight") == ((8, 3, 2, 2), "grouped_conv2d:4"), to
+        report = convert(tmp_path / "c.npz", tmp_path / "d.npz", to="megengine")
+        assert entry_of(report, "stem.weight")[0] == (4, 2, 3, 2, 2), to
+
+    for to in ("torch", "mindspore", "megengine"):  # that it has none is remembered, too
+        convert(tmp_path / "a.npz", tmp_path / f"{to}.npz", to=to, kinds={"stem": "conv2d"})
+        report = convert(tmp_path / f"{to}.npz", tmp_path / "b.npz", to="megengine")
+        assert entry_of(report, "stem.weight") == ((8, 3, 2, 2), "conv2d"), to
+
+
+def test_a_kind_that_travels_and_does_not_fit_is_of_another_file(tmp_path: Path) -> None:
+    np.savez(tmp_path / "a.npz", **{"stem.weight": np.ones((8, 3, 2, 2), "f4")})
+    for kind in ("grouped_conv2d:3", "grouped_conv2d", "conv2d:x", "linear", "unknown:4"):
+        made = {"mhabridge": 1, "framework": "torch", "attention": {}, "kinds": {"stem": kind}}
+        (tmp_path / "a.npz.mhabridge.json").write_text(json.dumps(made))
+        with pytest.raises(CheckpointError, match=r"belongs to another file.*stem"):
+            convert_checkpoint(tmp_path / "a.npz", tmp_path / "b.npz", to="megengine")
+        fingerprint(tmp_path / "a.npz")
+
+
+def test_the_targets_shapes_settle_the_groups(tmp_path: Path) -> None:
+    np.savez(tmp_path / "a.npz", **{"stem.weight": np.ones((8, 3, 2, 2), "f4")})
+    for shape, rule in (((8, 3, 2, 2), "conv2d"), ((2, 4, 3, 2, 2), "grouped_conv2d:2")):
+        report = convert_checkpoint(
+            tmp_path / "a.npz", tmp_path / "b.npz", to="megengine", names_of={"stem.weight": shape}, force=True
+        )
+        assert entry_of(report, "stem.weight") == (shape, rule)
+        assert not any("read as" in note for note in report.notes)
+
+
+@pytest.mark.timeout(30)
+def test_a_hostile_number_of_channels_takes_no_time(tmp_path: Path) -> None:
+    shape = (2**60, 0, 1, 1)
+    choice = kinds.decide("x", modules.readings({"weight": shape}, "torch"), "megengine")
+    assert choice.others == ("grouped_conv2d",)
+    wanted = {"weight": (2**59, 2, 0, 1, 1)}
+    assert kinds.decide("x", modules.readings({"weight": shape}, "torch"), "megengine", wanted).groups == 2**59
+
+
+@pytest.mark.parametrize("to", ["mindspore", "megengine", "mindspore.mint"])
+def test_bilinear_layers_are_no_convolutions(to: str, tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+    model = torch.nn.ModuleDict({"bilinear": torch.nn.Bilinear(4, 3, 5), "pair": torch.nn.Bilinear(4, 3, 5)})
+    torch.save(model.state_dict(), tmp_path / "a.pth")
+    report = convert_checkpoint(tmp_path / "a.pth", tmp_path / "b.npz", to=to, kinds={"pair": "unknown"})
+    unchanged = "unchanged: no known kind of layer"
+    assert report.counts == {unchanged: 4}
+    assert entry_of(report, "bilinear.weight") == ((5, 4, 3), unchanged)
+    back = convert_checkpoint(tmp_path / "b.npz", tmp_path / "c.npz", to="torch", source="torch")
+    assert back.counts == {unchanged: 4}  # what was said of `pair` travels
+    for name, said in (("bilinear", {"bilinear": "conv1d"}), ("pair", {"pair": "conv1d"})):
+        stated = convert_checkpoint(tmp_path / "a.pth", tmp_path / "d.npz", to=to, kinds=said, force=True)
+        assert entry_of(stated, f"{name}.weight")[1] == "conv1d"
 
 
 def test_no_reading_of_what_does_not_fit_together() -> None:

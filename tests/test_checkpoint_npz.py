@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from mhabridge import dtypes
 from mhabridge.checkpoint.formats import npz, npz_writing
+from mhabridge.checkpoint.formats.known import open_checkpoint
 from mhabridge.checkpoint.formats.npy_header import parse
 from mhabridge.checkpoint.storage.packed import Deflated
 from mhabridge.checkpoint.storage.stored import ITEM_SIZES, NOT_IN_NUMPY, StoredObject
@@ -148,7 +149,7 @@ def test_what_is_no_number_is_listed(tmp_path):
         ),
         ([outgoing("a", "int8", np.zeros(2))] * 2, [], "a: given two entries"),
         ([outgoing("a\0b", "int8", np.zeros(2))], [], "no name for a member"),
-        ([outgoing("a" * 70_000, "int8", np.zeros(2))], [], "no name for a member"),
+        ([outgoing("a" * 70_000, "int8", np.zeros(2))], [], r"aaa\.\.\.: given a name of 70000 bytes"),
         ([], [StoredObject("betas", "a list", [1, 2])], r"betas: .*--drop"),
     ],
 )
@@ -313,3 +314,12 @@ def test_what_was_read_can_be_written_again(tmp_path):
         again = [passed_through(file, tensor, name) for name, tensor in file.items()]
         with npz.read(written(tmp_path / "b.npz", npz_writing, again), verify=True) as copied:
             assert_holds(copied, CONTENT)
+
+
+def test_an_archive_of_long_names_is_recognised(tmp_path):
+    for length in (479, 500, 5000, 60_000 - 4):
+        path = tmp_path / "a.data"
+        with path.open("wb") as file:
+            np.savez(file, **{"n" * length: np.ones(2)})
+        with open_checkpoint(path) as found:
+            assert (found.format, *found) == ("npz", "n" * length)

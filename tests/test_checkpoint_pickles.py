@@ -21,7 +21,7 @@ from mhabridge.checkpoint.pickled import emitting, pickles
 from mhabridge.checkpoint.pickled.inert import Made, Name, Persistent, Slice, Table
 from mhabridge.checkpoint.storage.streams import ByteStream
 from mhabridge.errors import CheckpointError
-from tests.checkpoint_files import GOLDEN, array_of, assert_holds, assert_same
+from tests.checkpoint_files import GOLDEN, array_of, assert_holds, assert_same, outgoing, written
 from tests.golden import expected
 
 
@@ -512,3 +512,34 @@ def test_a_single_tensor_and_a_list(path):
 def test_plain_data_is_written_as_pickle_reads_it(value):
     data = emitting.start(2) + emitting.value(value) + emitting.STOP
     assert pickle.loads(data) == value
+
+
+@pytest.mark.parametrize("module", [megengine, torch_zip])
+def test_a_checkpoint_of_many_tensors_is_read(tmp_path, monkeypatch, module):
+    """What we write ourselves has more bytes than the limit asks for, whatever the number of tensors."""
+    tensors = [outgoing(str(number), "float32", np.zeros(0)) for number in range(400)]
+    file = written(tmp_path / "a", module, tensors)
+    monkeypatch.setattr(pickles, "ALWAYS_ALLOWED", 100)
+    with module.read(file) as found:
+        assert len(found) == 400
+
+
+def test_many_operations_need_a_large_file(path, monkeypatch):
+    empty = b"\x80\x02]" + b"(e" * 1000
+    assert load(empty + b".", path).root == []
+    monkeypatch.setattr(pickles, "ALWAYS_ALLOWED", 100)
+    with pytest.raises(CheckpointError, match="a pickle of more than 501 operations"):
+        load(empty + b".", path)
+    longer = empty + b"X" + struct.pack("<I", 8000) + b"x" * 8000 + b"0."
+    assert load(longer, path).root == []
+    monkeypatch.setattr(pickles, "MAX_OPCODES", 150)
+    with pytest.raises(CheckpointError, match="a pickle of more than 150 operations"):
+        load(longer, path)
+
+
+def test_one_name_is_one_record(path):
+    root = load(pickle.dumps([print, len, print], 2), path).root
+    again = load(b"\x80\x02](cos\nf\ncos\nf\ncos\ng\ne.", path).root
+    assert root[0] is root[2]
+    assert again[0] is again[1] is not again[2]
+    assert again[0] == Name("os", "f")

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import json
+import os
+import pickle
+import time
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
@@ -14,7 +18,8 @@ import pytest
 from mhabridge.checkpoint.conversion import ConversionReport, convert_checkpoint
 from mhabridge.checkpoint.formats import safetensors_file
 from mhabridge.checkpoint.formats.known import open_checkpoint
-from mhabridge.checkpoint.planning import completeness
+from mhabridge.checkpoint.inspection import inspect_checkpoint
+from mhabridge.checkpoint.planning import completeness, renaming
 from mhabridge.checkpoint.planning import plan as planning
 from mhabridge.checkpoint.planning.drafts import Draft, Entry
 from mhabridge.errors import ArgumentError, ArgumentTypeError, CheckpointError, WeightsError
@@ -125,7 +130,7 @@ def test_a_dry_run_makes_the_same_plan_and_writes_nothing(tmp_path: Path) -> Non
 def test_the_way_is_told_byte_by_byte(tmp_path: Path) -> None:
     seen: list[tuple[int, int]] = []
     report = convert(source_of(tmp_path), progress=lambda done, total: seen.append((done, total)))
-    assert seen[-1] == (report.bytes, report.bytes)
+    assert seen[-1] == (2 * report.bytes, 2 * report.bytes)  # written, and read back
     assert [done for done, _ in seen] == sorted(done for done, _ in seen)
 
 
@@ -136,7 +141,7 @@ def test_the_way_is_told_byte_by_byte(tmp_path: Path) -> None:
     "rename",
     [
         "module.*=*",
-        ["nothing.*=x.*", "module.*=*", "*=never.*"],
+        ["module.*=*", "*=never.*"],
         {f"module.{name}": name for name in arrays()},
         lambda name: name.removeprefix("module."),
     ],
@@ -171,13 +176,51 @@ def test_a_name_that_is_filled_twice_is_an_error() -> None:
         ("fc", ArgumentError),
         ("=x", ArgumentError),
         ("a*=*b*", ArgumentError),
+        ("fc=", ArgumentError),
+        ("fc.*=", ArgumentError),
+        ("fc*=*", ArgumentError),  # .bias: the dot stays behind
+        ({"scale": ""}, ArgumentError),
         (3, ArgumentTypeError),
+        ([3], ArgumentTypeError),
+        ({"scale": 3}, ArgumentTypeError),
         (lambda name: 3, ArgumentTypeError),
+        (lambda name: name + ".", ArgumentError),
     ],
 )
 def test_rules_that_are_none(rename: Any, error: type[Exception], tmp_path: Path) -> None:
     with pytest.raises(error, match="rename"):
         convert(source_of(tmp_path), rename=rename)
+
+
+@pytest.mark.parametrize(
+    ("rename", "said"),
+    [
+        ("fcc.*=x.*", r"rename: given 'fcc\.\*=x\.\*', which no name fits.*Close to it: fc\."),
+        (["fc.*=x.*", "nrm.*=y.*"], r"rename: given 'nrm\.\*=y\.\*', which.*Close to it: norm\."),
+        ({"scal": "x"}, r"rename: given 'scal', which no name fits.*Close to it: scale\."),
+        ("1234*=x*", r"rename: given '1234.*mhabridge inspect"),
+    ],
+)
+def test_a_rule_that_no_name_fits_is_an_error(rename: Any, said: str, tmp_path: Path) -> None:
+    with pytest.raises(ArgumentError, match=said):
+        convert(source_of(tmp_path), rename=rename)
+    with pytest.raises(ArgumentError, match=said):
+        convert(source_of(tmp_path), to=None, rename=rename)
+
+
+def test_rules_may_come_from_an_iterator(tmp_path: Path) -> None:
+    report = convert(source_of(tmp_path), rename=iter(["fc.*=x.*", "fc.b*=never.*"]))
+    assert targets(report)["x.bias"] == ("fc.bias",)
+    with pytest.raises(ArgumentError, match="which no name fits"):
+        convert(source_of(tmp_path), rename=iter(["fc.*=x.*", "nothing.*=never.*"]))
+
+
+def test_many_long_names_are_compared_quickly() -> None:
+    many = [f"{'x' * 100_000}{number}" for number in range(100)] + [f"layer.{number}.weight" for number in range(9_000)]
+    start = time.monotonic()
+    assert "layer.0.weight" in renaming.close("*0.wieght", many)
+    assert renaming.close("x" * 100_000, many) == [many[0]]
+    assert time.monotonic() - start < 5
 
 
 # -- leaving out -------------------------------------------------------------------------------------------------------
@@ -194,6 +237,30 @@ def test_patterns_are_of_old_names_or_new_ones(tmp_path: Path) -> None:
     for drop in ("module.embed.*", "embed.*"):
         convert(source_of(tmp_path, "module."), drop=drop, rename="module.*=*")
         assert names(tmp_path / "target.npz") == [*IN_MINDSPORE[:-2], "scale"]
+
+
+def test_a_pattern_that_nothing_fits_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(ArgumentError, match=r"drop: given 'embd\.\*', which no name fits.*Close to it: embed\.weight"):
+        convert(source_of(tmp_path), drop=["embd.*", "scale"])
+    report = convert(source_of(tmp_path), drop=["embed.*", "*.weight"])  # the second one finds other names as well
+    assert report.counts["dropped by --drop embed.*"] == 1
+
+
+def test_entries_that_are_no_tensors_are_dropped_by_name(tmp_path: Path) -> None:
+    file = torch_file(tmp_path, {"state_dict": state(), "epoch": 3, "args": argparse.Namespace(a=1)})
+    with pytest.raises(CheckpointError, match="args"):
+        convert_checkpoint(file, tmp_path / "b.pth", drop=["epoch"])
+    report = convert_checkpoint(file, tmp_path / "b.pth", drop=["epoch", "args.*"])
+    assert report.left_out[0] == "epoch: left out (3); dropped by --drop epoch"
+    assert report.left_out[1].startswith("args: left out")
+    assert report.kept == ()
+    with open_checkpoint(tmp_path / "b.pth") as opened:
+        assert opened.objects == ()
+
+
+def test_allow_missing_needs_the_targets_names(tmp_path: Path) -> None:
+    with pytest.raises(ArgumentError, match=r"allow_missing: given 'head\.\*', without .*--names-of"):
+        convert(source_of(tmp_path), allow_missing=["head.*"])
 
 
 def test_a_part_of_an_attention_layer_is_noted(tmp_path: Path) -> None:
@@ -248,6 +315,16 @@ def test_what_may_be_missing_is_noted(tmp_path: Path) -> None:
     assert "fc2.weight: not in the source; allowed by fc2.*" in report.notes
     with pytest.raises(WeightsError, match=r"fc2\.weight"):
         convert(source_of(tmp_path), names_of=more, allow_missing=["fc3.*"])
+
+
+def test_a_prefix_of_all_names_is_told(tmp_path: Path) -> None:
+    with pytest.raises(WeightsError, match=r"All differ by 'module\.': use the rule 'module\.\*=\*'"):
+        convert(source_of(tmp_path, "module."), names_of=wanted())
+    longer = {f"net.{name}": shape for name, shape in wanted().items()}
+    with pytest.raises(WeightsError, match=r"All differ by 'net\.': use the rule '\*=net\.\*'"):
+        convert(source_of(tmp_path), names_of=longer)
+    with pytest.raises(WeightsError, match=r"Use --rename, --drop or --allow-missing"):
+        convert(source_of(tmp_path, "module."), names_of={**wanted(), "more": (1,)})
 
 
 def test_the_targets_names_say_what_a_layer_is(tmp_path: Path) -> None:
@@ -306,8 +383,18 @@ def test_somebodys_own_layer_keeps_its_names(tmp_path: Path) -> None:
     ("options", "said"),
     [
         ({"to": "tensorflow"}, "to: given 'tensorflow'; expected one of torch, mindspore, megengine, mindspore.mint"),
+        ({"to": "PyTorch"}, "Did you mean torch"),
+        ({"to": "Mindspore 2.0"}, "Did you mean mindspore.*follows an @"),
+        ({"to": " "}, "to: given ' '"),
         ({"to": "torch@x"}, "version"),
-        ({"to": "torch@1.0"}, "torch@1.5 or newer"),
+        ({"kinds": {"embedd": "embedding"}}, "kinds: given 'embedd'.*Close to it: embed"),
+        ({"to": "torch@1.0"}, r"to: given 'torch@1\.0'; expected a version that is known: torch@1\.5 to torch@2\.13"),
+        ({"to": "torch@2.14"}, "torch@1.5 to torch@2.13"),
+        ({"to": "mindspore@9.9"}, r"to: given 'mindspore@9\.9'; .* mindspore@2\.0 to mindspore@2\.10"),
+        ({"to": "mindspore.mint@9.9"}, r"mindspore@2\.0 to mindspore@2\.10"),
+        ({"source": "megengine@2.0"}, r"source: given 'megengine@2\.0'; .* megengine@1\.13"),
+        ({"layout": "mindspore@1.9"}, r"layout: given 'mindspore@1\.9'"),
+        ({"layout": "mindspore@9.9"}, r"layout: given 'mindspore@9\.9'; .* mindspore@2\.10"),
         ({"source": "keras"}, "source: given 'keras'"),
         ({"layout": "bert"}, "Did you mean hf-bert"),
         ({"to": None, "num_heads": 2}, "num_heads: given 2, and no framework to convert to"),
@@ -318,6 +405,56 @@ def test_options_that_cannot_be(options: dict[str, Any], said: str, tmp_path: Pa
     with pytest.raises(ArgumentError, match=said):
         convert(source_of(tmp_path), **{"to": "torch", **options})
     assert not (tmp_path / "target.npz").exists()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"drop": 3}, {"drop": [3]}, {"allow_missing": 3}, {"kinds": "a=b"}, {"kinds": {"a": None}}, {"to": 3}],
+)
+def test_options_of_the_wrong_kind(options: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(ArgumentTypeError):
+        convert(source_of(tmp_path), **{"to": "torch", **options})
+    with pytest.raises(ArgumentTypeError, match="dst: given None"):
+        convert_checkpoint(source_of(tmp_path), None)  # type: ignore[arg-type]
+
+
+def test_nothing_is_lost_by_writing_over_the_source(tmp_path: Path) -> None:
+    file = torch_file(tmp_path, {"state_dict": state(), "epoch": 3, "optimizer": {"state": {0: np.ones(2)}}})
+    before = file.read_bytes()
+    os.symlink(file, tmp_path / "link.pth")
+    for target in (file, tmp_path / "link.pth"):
+        with pytest.raises(CheckpointError, match="the source itself, without optimizer"):
+            convert_checkpoint(file, target, force=True)
+        with pytest.raises(CheckpointError, match=r"the source itself, without \w+"):
+            convert_checkpoint(file, target, force=True, drop=next(iter(state())), dry_run=True)
+    assert file.read_bytes() == before
+    source = source_of(tmp_path)
+    assert convert_checkpoint(source, source, force=True, to="mindspore").verified  # all of it is there afterwards
+
+
+@pytest.mark.parametrize(
+    "to", ["torch@1.12.1+cpu", "torch@2.13.5", "mindspore@2.4", "mindspore@2.10.1rc1", "megengine@1.13.0"]
+)
+def test_versions_between_the_known_ones_are_fine(to: str, tmp_path: Path) -> None:
+    convert(source_of(tmp_path), to)
+
+
+def test_dtypes_that_the_target_does_not_have_are_noted(tmp_path: Path) -> None:
+    rows = {f"table.{n}": outgoing(f"table.{n}", "bfloat16", np.ones(2)) for n in range(3)}
+    source = written(tmp_path / "a.safetensors", safetensors_file, list(rows.values()), [], {})
+    old = "bfloat16 (table.0 and 2 more): MindSpore 2.0 has no bfloat16: load_checkpoint fails on it (KeyError)."
+    for to, notes in (("mindspore@2.0", [old]), ("mindspore@2.10", []), ("mindspore", []), ("torch@1.8", [])):
+        report = convert_checkpoint(source, tmp_path / "b.ckpt", to=to, force=True)
+        assert [note for note in report.notes if "bfloat16" in note] == notes, to
+    report = convert_checkpoint(source, tmp_path / "b.pkl", to="megengine")
+    assert report.notes[0].startswith("bfloat16 (table.0 and 2 more): load_state_dict refuses it")
+
+
+def test_a_file_of_a_newer_framework_is_read(tmp_path: Path) -> None:
+    np.savez(tmp_path / "a.npz", **{"x.gamma": np.ones(2, "f4")})
+    made = {"mhabridge": 1, "framework": "mindspore@9.9", "attention": {}, "kinds": {"x": "norm"}}
+    (tmp_path / "a.npz.mhabridge.json").write_text(json.dumps(made))
+    assert set(targets(convert(tmp_path / "a.npz", "torch"))) == {"x.weight"}
 
 
 def test_without_a_framework_nothing_changes_but_the_container(tmp_path: Path) -> None:
@@ -409,6 +546,19 @@ def test_entries_that_are_no_tensors_are_kept_or_listed(tmp_path: Path) -> None:
 
 
 @pytest.mark.frameworks
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+def test_containers_say_what_they_are_and_how_many(protocol: int, tmp_path: Path) -> None:
+    more = {"s": {1, 2, 3}, "e": set(), "f": frozenset([1, 2]), "o": OrderedDict(a=1), "t": (1,)}
+    (tmp_path / "a.pkl").write_bytes(pickle.dumps({"w": np.ones(2, "f4"), **more}, protocol))
+    assert inspect_checkpoint(tmp_path / "a.pkl").objects == {
+        "s": "a set of 3 entries",
+        "e": "a set of 0 entries",
+        "f": "a frozenset of 2 entries",
+        "o": "a dict of 1 entries",
+        "t": "a tuple of 1 entries",
+    }
+
+
 def test_objects_that_would_be_made_by_code_are_refused_or_listed(tmp_path: Path) -> None:
     import argparse
 

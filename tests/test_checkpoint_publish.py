@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import resource
 import signal
@@ -16,10 +17,12 @@ import pytest
 
 from mhabridge.checkpoint import conversion, publishing
 from mhabridge.checkpoint.conversion import ConversionReport, convert_checkpoint
-from mhabridge.checkpoint.formats import sharded
+from mhabridge.checkpoint.formats import safetensors_file, sharded
 from mhabridge.checkpoint.formats.known import open_checkpoint
-from mhabridge.checkpoint.storage import views
-from mhabridge.checkpoint.storage.writing import Outgoing, Sink
+from mhabridge.checkpoint.storage import checking, views
+from mhabridge.checkpoint.storage.packed import Deflated
+from mhabridge.checkpoint.storage.stored import Extent, StoredFile, StoredObject, StoredTensor
+from mhabridge.checkpoint.storage.writing import Outgoing, Sink, passed_through
 from mhabridge.errors import CheckpointError
 from mhabridge.spec import MHASpec
 from mhabridge.weights import MHAWeights
@@ -205,3 +208,123 @@ def test_shards_can_be_converted_onto_themselves(tmp_path: Path) -> None:
 def test_an_ending_that_says_no_format(name: str, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="The target's ending says its format"):
         convert(source_of(tmp_path), tmp_path / name)
+
+
+# -- what could not be read back, or is not there any more -------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_more_than_our_readers_take_is_refused_before_it_is_written(
+    ending: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    source, reported = source_of(tmp_path), []
+    before = bytes_in(tmp_path)
+    monkeypatch.setattr(checking, "MOST_TENSORS", 3)
+    with pytest.raises(CheckpointError, match=r"names of \d+ letters together; expected at most 3"):
+        convert_checkpoint(
+            source, tmp_path / f"a{ending}", progress=lambda done, total: reported.append(done), verify=False
+        )
+    assert not reported
+    assert bytes_in(tmp_path) == before
+
+
+def test_a_text_that_pickles_are_not_read_with_is_refused(tmp_path: Path) -> None:
+    source = tmp_path / "a.safetensors"
+    with source.open("wb") as file:
+        objects = [StoredObject("log", "long", "x" * 70_000)]
+        safetensors_file.write(Sink(file.fileno()), [views.zeros("w", "float32", (2,))], objects)
+    assert convert_checkpoint(source, tmp_path / "b.safetensors").verified
+    for ending in ("pkl", "pt"):
+        with pytest.raises(CheckpointError, match="a text of 70000 bytes"):
+            convert_checkpoint(source, tmp_path / f"b.{ending}")
+
+
+def test_a_ckpt_without_anything_is_refused_early_with_its_name(tmp_path: Path) -> None:
+    source = source_of(tmp_path)
+    for name in (".safetensors", ".pt", ".pkl", ".npz"):
+        assert convert_checkpoint(source, tmp_path / f"empty{name}", drop=["*"]).verified
+    with pytest.raises(CheckpointError, match=r"empty\.ckpt: given nothing to write.*--drop") as caught:
+        convert_checkpoint(source, tmp_path / "empty.ckpt", drop=["*"])
+    assert "/proc" not in str(caught.value)
+    assert not (tmp_path / "empty.ckpt").exists()
+
+
+def test_what_cannot_be_read_back_is_called_by_the_targets_name(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    format = conversion._format_of(tmp_path / "a.npz")
+    broken = replace(format, write=lambda sink, *more: sink.write(b"PK\3\4" + bytes(100)))
+    monkeypatch.setattr(conversion, "_format_of", lambda target: broken)
+    report = convert_checkpoint(source_of(tmp_path), tmp_path / "a.npz")
+    assert not report.ok
+    assert f"it cannot be read back: {tmp_path / 'a.npz'}: " in report.notes[-1]
+    assert "/proc/self" not in report.notes[-1]
+
+
+def shards_of(folder: Path) -> list[str]:
+    return sorted(file.name for file in folder.glob("a-*"))
+
+
+def test_files_that_the_new_index_does_not_name_are_gone(tmp_path: Path) -> None:
+    source, target = source_of(tmp_path), tmp_path / "a.safetensors.index.json"
+    for mine in ("a-00001-of-00009.safetensors", "b-00001-of-00002.safetensors", "a.safetensors", "other.txt"):
+        (tmp_path / mine).write_bytes(b"mine")
+    convert_checkpoint(source, target, shard_size=300)
+    many = shards_of(tmp_path)
+    assert len(many) > 4
+    report = convert_checkpoint(source, target, shard_size=1 << 20, force=True)
+    assert shards_of(tmp_path) == ["a-00001-of-00001.safetensors", "a-00001-of-00009.safetensors"]
+    assert "removed" in report.notes[-1]
+    assert many[0] in report.notes[-1]
+    for mine in ("a-00001-of-00009.safetensors", "b-00001-of-00002.safetensors", "a.safetensors", "other.txt"):
+        assert (tmp_path / mine).read_bytes() == b"mine"
+    with open_checkpoint(target) as file:
+        assert "fc.weight" in file
+
+
+def test_only_what_we_name_so_is_removed_with_an_old_index(tmp_path: Path) -> None:
+    source, target = source_of(tmp_path), tmp_path / "a.safetensors.index.json"
+    folder = tmp_path / "deeper"
+    folder.mkdir()
+    kept = ["model.safetensors", "deeper/a-00001-of-00002.safetensors", "a-00001-of-00002.safetensors.old"]
+    for name in kept:
+        (tmp_path / name).write_bytes(b"mine")
+    (tmp_path / "a-00007-of-00008.safetensors").symlink_to(tmp_path / "model.safetensors")
+    outside = ["../a-00001-of-00002.safetensors", str(tmp_path / "model.safetensors")]
+    named = [*kept, *outside, "a-00007-of-00008.safetensors", "a-00003-of-00008.safetensors"]
+    target.write_text(json.dumps({"weight_map": {f"w{number}": name for number, name in enumerate(named)}}))
+    assert convert_checkpoint(source, target, force=True).verified
+    assert all((tmp_path / name).read_bytes() == b"mine" for name in kept)
+    assert (tmp_path / "a-00007-of-00008.safetensors").is_symlink()
+    target.write_text("no index")
+    assert convert_checkpoint(source, target, force=True).verified
+
+
+def test_a_conversion_that_fails_removes_no_old_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    source, target = source_of(tmp_path), tmp_path / "a.safetensors.index.json"
+    convert_checkpoint(source, target, shard_size=300)
+    before = bytes_in(tmp_path)
+    monkeypatch.setattr(sharded, "Sink", Flipped)
+    assert not convert(source, target).ok
+    assert bytes_in(tmp_path) == before
+
+
+def test_a_source_that_became_shorter_is_named(tmp_path: Path) -> None:
+    source = tmp_path / "a.safetensors"
+    convert_checkpoint(source_of(tmp_path), source)
+    with open_checkpoint(source) as file, (tmp_path / "b").open("wb") as target:
+        os.truncate(source, 200)
+        with pytest.raises(CheckpointError, match=r"a\.safetensors: given a file that became shorter"):
+            passed_through(file, file["fc.weight"], "w").write_to(Sink(target.fileno()))
+
+
+def test_a_pipe_in_the_place_of_a_file_is_not_waited_for(tmp_path: Path) -> None:
+    path = tmp_path / "a.npz"
+    os.mkfifo(path)
+    tensor = StoredTensor("w", "uint8", (1,), (Extent(0, 0, 1),), "w")
+    with pytest.raises(CheckpointError, match=r"a\.npz: given no regular file"):
+        StoredFile(path, "test", [tensor])
+    with pytest.raises(CheckpointError, match=r"a\.npz: given no regular file"):
+        Deflated(path, "w", 0, 10, 10, 0).head(5)
+    with pytest.raises(CheckpointError, match=r"a\.npz: given no regular file"):
+        Deflated(path, "w", 0, 10, 10, 0).unpack()

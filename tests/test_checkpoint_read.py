@@ -154,7 +154,7 @@ def test_an_argument_wins_over_config_json(saved):
 
 
 @pytest.mark.parametrize(
-    "config", [None, {}, {"n_head": None}, [1], {"encoder_attention_heads": 2, "decoder_attention_heads": 4}]
+    "config", [None, {}, {"n_head": None}, {"encoder_attention_heads": 2, "decoder_attention_heads": 4}]
 )
 def test_unknown_heads_are_asked_for(saved, config):
     with pytest.raises(mb.ArgumentError, match=r"num_heads: given None.*--num-heads"):
@@ -166,8 +166,12 @@ def test_heads_that_are_no_plain_positive_integer_are_refused(saved, value):
     given = re.escape(json.dumps(value))
     with pytest.raises(mb.CheckpointError, match=f"num_attention_heads: given {given}; expected a positive integer"):
         read_attention(saved(config={"num_attention_heads": value}), "enc.0.attn")
+    other = saved(config={"n_head": 2, "num_key_value_heads": value})
     with pytest.raises(mb.CheckpointError, match=f"num_key_value_heads: given {given}; expected a positive integer"):
-        read_attention(saved(config={"num_key_value_heads": value}), "enc.0.attn", num_heads=2)
+        read_attention(other, "enc.0.attn")
+    spec, _, notes = read_attention(other, "enc.0.attn", num_heads=2)
+    assert spec == SPEC
+    assert notes[-1].endswith(f"num_key_value_heads: {json.dumps(value)}; num_heads=2 does not come from there.")
 
 
 @pytest.mark.parametrize(
@@ -229,8 +233,32 @@ def test_every_rule_of_the_configuration_is_complete():
 def test_a_broken_configuration_is_not_passed_over(saved):
     with pytest.raises(mb.CheckpointError, match=r"config.json: given no JSON"):
         read_attention(saved(config="{"), "enc.0.attn")
-    with pytest.raises(mb.CheckpointError, match=r"config.json: given .*nested too deep"):
-        read_attention(saved(config="[" * 200_000), "enc.0.attn", num_heads=2)
+    for broken in ("{", "[" * 200_000, [1]):
+        with pytest.raises(mb.CheckpointError, match=r"config.json: given .*--num-heads"):
+            read_attention(saved(config=broken), "enc.0.attn")
+        spec, _, notes = read_attention(saved(config=broken), "enc.0.attn", num_heads=2)
+        assert (spec, len(notes)) == (SPEC, 2)
+        assert "config.json: " in notes[1]
+
+
+def test_a_configuration_of_another_model_is_named(saved):
+    for config, said in (({"n_head": 3}, "n_head: given 3"), ({"n_head": 2, "d_model": 16}, "d_model: given 16")):
+        file = saved(config=config)
+        with pytest.raises(mb.CheckpointError, match=f"{said}, and enc.0.attn has embed_dim 8.*--num-heads"):
+            read_attention(file, "enc.0.attn")
+        spec, _, notes = read_attention(file, "enc.0.attn", num_heads=2)
+        assert (spec, len(notes)) == (SPEC, 2)
+        assert said.replace("given ", "") in notes[1]
+    other = read_attention(saved(config={"n_head": 4}), "enc.0.attn", num_heads=2)[2]
+    assert "it has n_head=4; num_heads=2 is given." in other[1]
+
+
+def test_the_reader_s_notes_are_passed_on(saved):
+    file = saved()
+    other = file.with_suffix(".safetensors")
+    file.rename(other)
+    notes = read_attention(other, "enc.0.attn", num_heads=2)[2]
+    assert f"{other.name} is a npz file by its content, whatever its name says." in notes
 
 
 def test_arguments_of_the_wrong_kind_are_our_errors(saved):
@@ -278,6 +306,19 @@ def test_missing_files_folders_and_unknown_endings(tmp_path):
         (tmp_path / name).write_bytes(b"neither")
         with pytest.raises(mb.CheckpointError, match=rf"{called}.*expected one of \.safetensors, \.npz"):
             open_tensors(tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["a.safetensors", "a.bin", "a"])
+def test_a_git_lfs_pointer_is_named(tmp_path, name):
+    (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1234\n")
+    with pytest.raises(mb.CheckpointError, match=r"given a Git LFS pointer.*git lfs pull"):
+        open_tensors(tmp_path / name)
+
+
+def test_what_is_no_path_is_said_shortly():
+    with pytest.raises(mb.ArgumentTypeError) as caught:
+        open_tensors({"weight": np.ones((100, 100))})
+    assert len(str(caught.value)) < 200
 
 
 @pytest.fixture(params=[".npz", ".safetensors"])

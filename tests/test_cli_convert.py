@@ -84,6 +84,48 @@ def tensors(path: str | Path) -> dict[str, tuple[int, ...]]:
         return {name: tensor.shape for name, tensor in file.items()}
 
 
+# -- names that are not what they seem ---------------------------------------------------------------------------------
+
+
+def test_no_name_of_a_file_reaches_the_terminal_as_it_is(mhabridge: Callable[..., Done]) -> None:
+    evil = "\x1b[2J\nmhabridge: all is well\r"
+    Path(evil + ".npz").write_bytes(b"neither")
+    np.savez("evil.npz", **{f"{evil}.weight": np.ones((3, 2), "f4")})
+    for done in (
+        mhabridge("convert", "evil.npz", "b.npz", "--to", "mindspore"),  # two readings: the error has the name
+        mhabridge("convert", evil + ".npz", "model.npz", ".", "--format", "npz", "--force"),
+        mhabridge("convert", "evil.npz", "b.npz", "--drop", "evil"),
+        mhabridge("fingerprint", evil + ".npz"),
+        mhabridge("inspect", evil + ".npz"),
+    ):
+        assert done.code == 2
+        assert not any(line.startswith("mhabridge: all is well") for line in done.err.splitlines())
+        assert not set("\x1b\r") & set(done.err + done.out), done
+    shown = mhabridge("fingerprint", "evil.npz")
+    Path(evil).write_bytes(Path("evil.npz").read_bytes())
+    assert mhabridge("fingerprint", evil).out == shown.out.replace(
+        "evil.npz", "\\x1b[2J\\nmhabridge: all is well\\r", 1
+    )
+
+
+def test_a_spec_file_that_is_none_is_named(mhabridge: Callable[..., Done]) -> None:
+    for content in ('{"embed_dim": 8}', '{"a": {"embed_dim": -1, "num_heads": 1}}', "[]", "{"):
+        Path("spec.json").write_text(content)
+        for command in (["inspect", "model.npz"], ["convert", "model.npz", "b.npz", "--to", "megengine"]):
+            done = mhabridge(*command, "--spec", "spec.json")
+            assert (done.code, done.err.startswith("mhabridge: spec.json: ")) == (2, True), done.err
+
+
+def test_a_broken_config_does_not_stand_in_the_way_of_given_heads(mhabridge: Callable[..., Done]) -> None:
+    Path("config.json").write_text("{")
+    for command in (["convert", "model.npz", "b.npz", "--to", "megengine"], ["fingerprint", "model.npz"]):
+        refused = mhabridge(*command)
+        assert (refused.code, "config.json: given no JSON" in refused.err) == (2, True)
+        done = mhabridge(*command, "--num-heads", "2")
+        assert done.code == 0
+    assert "note:" in mhabridge("inspect", "model.npz", "--num-heads", "2").out
+
+
 # -- converting --------------------------------------------------------------------------------------------------------
 
 

@@ -14,7 +14,7 @@ MODULES = sorted(
     for path in (ROOT / "mhabridge").rglob("*.py")
     if "cli" not in path.parts
 )
-NEEDS_TORCH = {"mhabridge.bridge", "mhabridge.checkpoint.loading"}
+NEEDS_TORCH = {"mhabridge.bridge", "mhabridge.checkpoint.loading", "mhabridge.recording"}
 # Run as scripts by another interpreter, never imported as modules of the package.
 SCRIPTS = {"mhabridge.backends.launcher", "mhabridge.backends.child"}
 

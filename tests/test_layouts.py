@@ -60,7 +60,7 @@ def holds(layout, spec):
         return True
     if layout == "megengine.functional":
         return not spec.add_bias_kv
-    if layout.startswith(("torch", "mindspore")):
+    if layout.startswith(("torch", "mindspore")) or layout == "megengine-dropin":
         return everything
     if layout in ("fused-qkv", "gpt2"):
         return everything and same_features and not spec.add_bias_kv

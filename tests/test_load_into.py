@@ -230,6 +230,36 @@ def test_a_drop_in_from_what_lies_under_a_prefix(
     assert found["spec"] == spec.to_dict()
 
 
+@pytest.mark.frameworks
+@pytest.mark.parametrize("sizes", [{}, {"bias": False}, {"kdim": 6, "vdim": 4}], ids=["plain", "no bias", "kdim, vdim"])
+def test_a_drop_in_s_own_file_with_bias_k(framework: str, sizes: dict[str, Any], tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch", reason="PyTorch is not importable here")
+    ending = {"torch": ".pth", "mindspore": ".ckpt", "megengine": ".pkl"}[framework]
+    own, saved = tmp_path / f"own{ending}", tmp_path / f"saved{ending}"
+    layer = randomised(torch.nn.MultiheadAttention(8, 2, add_bias_kv=True, **sizes))
+    spec, weights = mb.extract(layer)
+    torch.save(layer.state_dict(), tmp_path / "torch.pth")
+    report = convert_checkpoint(tmp_path / "torch.pth", own, to=framework, num_heads=2)
+    assert report.verified
+    assert any("drop" in note or "adapters" in note for note in report.notes) == (framework == "megengine")
+
+    found = ask(framework, "own_dropin", file=str(own), save=str(saved), spec=spec.to_dict())
+    assert mb.MHAWeights.from_tree(found["weights"]) == weights
+    known = mb.MHASpec(8, 2, add_bias_kv=True, **sizes)
+    (block,) = mb.inspect_checkpoint(saved, spec=known).blocks
+    assert block.layout == ("megengine-dropin" if framework == "megengine" else "torch")
+    assert (block.spec, mb.inspect_checkpoint(own).blocks[0].spec) == (spec, spec)  # the second one's travels
+    assert mb.fingerprint(saved, spec=known) == mb.fingerprint(tmp_path / "torch.pth") == mb.fingerprint(own)
+    back = convert_checkpoint(saved, tmp_path / "back.pth", to="torch", spec=known)
+    assert back.verified
+    state = torch.load(tmp_path / "back.pth", weights_only=True)
+    assert state.keys() == layer.state_dict().keys()
+    assert all(torch.equal(state[name], tensor) for name, tensor in layer.state_dict().items())
+
+    found = ask(framework, "dropin", file=str(tmp_path / "torch.pth"), prefix="", spec=spec.to_dict())
+    assert mb.MHAWeights.from_tree(found["weights"]) == weights
+
+
 # -- something does not ------------------------------------------------------------------------------------------------
 
 
@@ -441,11 +471,20 @@ def test_drop_and_allow_missing_are_listed(files: Path) -> None:
 
 
 @pytest.mark.frameworks
-def test_a_prefix_that_nothing_has(files: Path) -> None:
+def test_a_prefix_that_nothing_has(files: Path, tmp_path: Path) -> None:
     torch = pytest.importorskip("torch", reason="PyTorch is not importable here")
 
     with pytest.raises((ArgumentError, WeightsError), match="encoder"):
         load_into(torch.nn.MultiheadAttention(8, 2), files / "model.pth", prefix="encoder.layer.0.attention")
+    torch.save({"module.weight": torch.ones(2, 2)}, tmp_path / "module.pth")
+    with pytest.raises(WeightsError, match=r"modul: given no tensor.*Names begin with module\."):
+        load_into(torch.nn.Linear(2, 2, bias=False), tmp_path / "module.pth", prefix="modul")
+    with pytest.raises(ArgumentTypeError, match="prefix: given None"):
+        load_into(torch.nn.Linear(2, 2, bias=False), tmp_path / "module.pth", prefix=None)  # type: ignore[arg-type]
+    with pytest.raises(WeightsError, match=r"Nothing was changed\. All differ by 'module\.'"):
+        load_into(torch.nn.Linear(2, 2, bias=False), tmp_path / "module.pth")
+    report = load_into(torch.nn.Linear(2, 2, bias=False), tmp_path / "module.pth", prefix="module")
+    assert not any("outside" in note for note in report.notes)
 
 
 @pytest.mark.frameworks

@@ -59,7 +59,7 @@ def test_an_example_prints_what_it_says(page: str, code: str, tmp_path: Path) ->
 
 
 def test_there_is_an_example_of_each_use() -> None:
-    assert len(blocks("python")) == 5
+    assert len(blocks("python")) == 6
     uses = [line.split()[1] for lines in commands() for line in lines]
     assert list(dict.fromkeys(uses)) == ["inspect", "convert", "fingerprint", "mapping", "backends", "diff"]
 
@@ -70,11 +70,23 @@ def test_commands_run(lines: list[str], tmp_path: Path) -> None:
     spec = mb.MHASpec(8, 2)
     np.savez(tmp_path / "model.npz", **mb.MHAWeights.random(spec).to_layout("torch", spec, prefix="attn"))
     mb.convert_checkpoint(tmp_path / "model.npz", tmp_path / "model.pth")
+    if any("diff checkpoints" in line for line in lines):
+        mb.convert_checkpoint(tmp_path / "model.npz", tmp_path / "model.ckpt", to="mindspore")
+        record_twice(tmp_path)
     for line in lines:
         program, *arguments = shlex.split(line)
         command = [Path(sys.executable).with_name(program), *arguments]
         done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
         assert done.returncode == 0, done.stdout + done.stderr
+
+
+def record_twice(folder: Path) -> None:
+    """Two recordings of one model, which are equal."""
+    torch = pytest.importorskip("torch", reason="PyTorch is not installed")
+    model = torch.nn.TransformerEncoder(torch.nn.TransformerEncoderLayer(16, 2, batch_first=True), 1).eval()
+    for name in ("before", "after"):
+        with mb.record(model, folder / f"{name}.safetensors"):
+            model(torch.ones(2, 5, 16))
 
 
 def test_the_short_table_says_what_the_long_one_says() -> None:

@@ -139,3 +139,17 @@ def test_equal_transposes_are_tied_and_others_not(tmp_path):
         ties = [transposed(file, tensor, "x").tied for tensor in (file["a"], file["a"], half)]
         assert ties[0] == ties[1] != ties[2]
         assert passed_through(file, file["a"], "x").tied != ties[0]
+
+
+@pytest.mark.parametrize("most_lines", [16, 1 << 14])
+def test_one_scratch_serves_matrices_of_any_shape(tmp_path, monkeypatch, most_lines):
+    """Rows are kept from one matrix to the next, but only when they lie in the same places."""
+    monkeypatch.setattr(blocks, "_MOST_LINES", most_lines)
+    monkeypatch.setattr(transposing, "_SHORT_ROW", 16)
+    scratch = blocks.Scratch()
+    shapes = [("float32", 30, 40), ("float32", 30, 40), ("float32", 40, 30), ("float64", 30, 20), ("uint8", 300, 41)]
+    for number, (dtype, count, length) in enumerate([*shapes, *reversed(shapes)]):
+        array = matrix(dtype, count, length) + np.array(number, dtype)
+        with stored(tmp_path / "a", array) as file:
+            pieces = b"".join(bytes(piece) for piece in transposing.panels(file, file["a"], scratch))
+        assert pieces == array.T.tobytes()

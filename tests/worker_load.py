@@ -163,6 +163,32 @@ def dropin(framework, payload):
     return {"spec": spec.to_dict(), "weights": weights.to_tree()}
 
 
+def own_dropin(framework, payload):
+    """A drop-in filled by its framework from a file of that framework's own, strictly; and what it then saves."""
+    from mhabridge import bridge
+    from mhabridge.spec import MHASpec
+
+    layer = bridge.build(MHASpec.from_dict(payload["spec"]), framework, mode="composed")
+    if framework == "torch":
+        import torch
+
+        layer.load_state_dict(torch.load(payload["file"], weights_only=True), strict=True)
+    elif framework == "mindspore":
+        import mindspore
+
+        missing, unexpected = mindspore.load_param_into_net(
+            layer, mindspore.load_checkpoint(payload["file"]), strict_load=True
+        )
+        assert (missing, unexpected) == ([], [])
+    else:
+        import megengine
+
+        layer.load_state_dict(megengine.load(payload["file"]), strict=True)
+    save(framework, layer, payload["save"])
+    spec, weights = bridge.extract(layer)
+    return {"spec": spec.to_dict(), "weights": weights.to_tree()}
+
+
 def state_only(framework, payload):
     """A drop-in's state by the adapter alone, as versions too old for the library have it: there and back."""
     import importlib

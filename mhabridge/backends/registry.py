@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.metadata
 import importlib.util
@@ -9,7 +10,7 @@ import os
 import platform
 import sys
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -206,14 +207,20 @@ def in_parallel(
     function: Callable[[_Item], _Found], items: Iterable[_Item], threads: int | None = None
 ) -> list[_Found]:
     """The function's results, in order. Ctrl-C ends all workers: nobody waits until the last has answered."""
-    with ThreadPoolExecutor(threads) as pool:
-        try:
-            return list(pool.map(function, items))
-        except KeyboardInterrupt:
-            from mhabridge.backends import process
+    with ThreadPoolExecutor(threads) as pool, ctrl_c_ends_workers():
+        return list(pool.map(function, items))
 
-            process.end_all()
-            raise
+
+@contextlib.contextmanager
+def ctrl_c_ends_workers() -> Iterator[None]:
+    """On Ctrl-C end all workers, so that threads which wait for one go on; to be entered inside of their pool."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        from mhabridge.backends import process
+
+        process.end_all()
+        raise
 
 
 def _instead_of(here: BackendInfo | None, info: BackendInfo) -> BackendInfo:

@@ -14,6 +14,8 @@ from mhabridge.errors import ArgumentError, ArgumentTypeError, WeightsError
 from mhabridge.spec import MHASpec
 from mhabridge.weights import MHAWeights
 
+_COMPARED = 1_000  # layers, and characters of their names, that a mistyped prefix is compared with
+
 
 def read_attention(
     path: str | os.PathLike[str],
@@ -28,7 +30,8 @@ def read_attention(
         path: a file that ``open_tensors`` reads.
         prefix: what goes before the layer's own tensors, such as "encoder.layer.0.attention".
         num_heads: H; None to take it from a config.json beside the file. That file is read in any case: it may say
-            that the layer is no plain multi-head attention, which names and shapes do not tell.
+            that the layer is no plain multi-head attention, which names and shapes do not tell. Where H is given, a
+            config.json that is broken or does not fit is a note.
         layout: the layout's name; None to recognise it.
         **known: fields of the spec that no file tells, such as batch_first; for MegEngine's packed vector kdim and
             vdim (None says that they are embed_dim).
@@ -40,7 +43,7 @@ def read_attention(
         ArgumentError: there is nothing under the prefix, the number of heads is not known, or a packed vector's length
             leaves the sizes open.
         ArgumentTypeError: something known that is no field of the spec, or a prefix that is no string.
-        CheckpointError: the file cannot be read, or config.json beside it is wrong.
+        CheckpointError: the file cannot be read, or config.json beside it is broken or does not fit.
         UnsupportedError: the layer is no plain multi-head attention.
         WeightsError: the tensors are not those of one layer.
     """
@@ -52,12 +55,23 @@ def read_attention(
         name = found.layout if found else str(layout)
         own = _own(file, prefix, name)
         config = configuration.read(file.path)
-        notes = [f"{prefix or 'the whole file'} was read in the layout {name}.", *configuration.require_plain(config)]
-        heads = configuration.num_heads(config, prefix) if num_heads is None else num_heads
+        notes = [f"{prefix or 'the whole file'} was read in the layout {name}.", *file.notes]
+        notes += configuration.require_plain(config)
+        heads = config.require_num_heads(prefix) if num_heads is None else num_heads
         configuration.require_own_keys(config, heads)
         notes += packing.left_beside(packing.find(name), file, prefix)
-        fields = {"dtype": _dtype(file, own), **known}
-        spec = layouts.spec_from_shapes(name, {n: file.shapes[n] for n in own}, heads, prefix, notes, **fields)
+        shapes, fields = {n: file.shapes[n] for n in own}, {"dtype": _dtype(file, own), **known}
+        try:
+            spec = layouts.spec_from_shapes(name, shapes, heads, prefix, notes, **fields)
+        except ArgumentError:
+            if num_heads is not None:
+                raise
+            spec = layouts.spec_from_shapes(name, shapes, 1, prefix, **fields)  # raises if heads are not what is wrong
+        misfit = config.misfit(prefix, spec.embed_dim)
+        if num_heads is not None:
+            notes += config.notes_beside(num_heads, misfit)
+        elif misfit is not None:
+            raise misfit
         weights = MHAWeights.from_layout(name, {n: file[n] for n in own}, spec, prefix, notes)
     return spec, weights, notes
 
@@ -71,7 +85,7 @@ def _own(file: TensorFile, prefix: str, layout: str) -> list[str]:
 def _require_prefix(file: TensorFile, prefix: str) -> None:
     if packing.below(prefix, file.shapes):
         return
-    there = layouts.prefixes(file)
+    there = [path for path in layouts.prefixes(file)[:_COMPARED] if len(path) < _COMPARED]
     near = difflib.get_close_matches(prefix, there, 5, cutoff=0.0)
     raise ArgumentError(
         "prefix",

@@ -13,10 +13,12 @@ from typing import Any
 from mhabridge.checkpoint.formats import known, sharded
 from mhabridge.checkpoint.formats.known import Format, open_checkpoint
 from mhabridge.checkpoint.planning import plan as planning
+from mhabridge.checkpoint.planning import renaming
 from mhabridge.checkpoint.planning.plan import Entry, Options, Plan
 from mhabridge.checkpoint.publishing import Job, Progress
+from mhabridge.checkpoint.storage.parallel import usual_count
 from mhabridge.checkpoint.storage.stored import StoredFile, StoredObject
-from mhabridge.errors import CheckpointError
+from mhabridge.errors import ArgumentTypeError, CheckpointError
 
 _SHARD = 5 << 30  # bytes: what Hugging Face's libraries write
 
@@ -88,6 +90,7 @@ def convert_checkpoint(
     ignore_objects: bool = False,
     shard_size: int = _SHARD,
     sync: bool = False,
+    workers: int | None = None,
 ) -> ConversionReport:
     """Convert a checkpoint to another format, another framework's names and layouts, or both.
 
@@ -102,14 +105,15 @@ def convert_checkpoint(
             and layouts and change the format only.
         spec: an ``MHASpec`` for all attention layers, or a mapping from their prefixes to them, where file and
             config.json do not tell enough.
-        rename: a function, a mapping, or rules such as "module.*=*"; applied first.
-        drop: patterns of source tensors to leave out.
-        allow_missing: patterns of names in ``names_of`` that may stay without a value.
+        rename: a function, a mapping, or rules such as "module.*=*"; applied first. No name for a rule is an error.
+        drop: patterns of what to leave out: tensors, and entries that are none.
+        allow_missing: patterns of names in ``names_of``, which must be given, that may stay without a value.
         force: replace an existing target.
         dry_run: make the plan and write nothing.
         verify: read the result back and compare it with the source bit for bit before it takes its name; the source's
             own checksums are looked at too.
-        progress: called with the bytes done and the bytes in all.
+        progress: called with the bytes done and the bytes in all (each counts twice when it is also verified), from any
+            thread, one at a time.
         num_heads: of all attention layers.
         layout: of the target's attention layers, such as "hf-bert"; None for the framework's own.
         source: the framework that the file is from; None to find out.
@@ -120,13 +124,15 @@ def convert_checkpoint(
         shard_size: bytes of one file, when the target is sharded.
         sync: wait until the bytes are on the disk, so that they also survive a power failure; as with ``cp``, the
             system otherwise writes them out in its own time.
+        workers: threads that write and compare; None for as many as there are processors, two at most.
 
     Returns:
         The report; its ``verified`` is False when the result is not what it should be: then nothing was published.
 
     Raises:
         ArgumentError: an option that cannot be, or something about the file that has to be said.
-        CheckpointError: a file that cannot be read, or a target that cannot be written.
+        CheckpointError: a file that cannot be read, or a target that cannot be written, or is the source itself and
+            would lose something.
         UnsupportedError: attention that is no plain multi-head attention, or that the target cannot hold.
         WeightsError: a tensor that would be lost, or a name that would be filled twice or not at all.
 
@@ -140,22 +146,28 @@ def convert_checkpoint(
         >>> report.ok, [(entry.target, entry.after) for entry in report.entries]
         (True, [('attn.io_weight_bias', (1, 80))])
     """
-    target = Path(dst)
+    if not isinstance(dst, (str, os.PathLike)):
+        raise ArgumentTypeError("dst", given=f"{dst!r:.80}", expected="a path: a string or a pathlib.Path")
+    target, workers = Path(dst), usual_count() if workers is None else workers
     format = _format_of(target)
-    options = Options(
-        to, layout, source, spec, num_heads, rename, _many(drop), _many(allow_missing), kinds or {}, _names(names_of)
-    )
+    options = Options(to, layout, source, spec, num_heads, rename, drop, allow_missing, kinds or {}, _names(names_of))
     with open_checkpoint(src, nested) as file:
-        notes = planning.require_inert_allowed(file, ignore_objects)
+        notes = planning.require_inert_allowed(file, ignore_objects, options.drop)
         plan = planning.make(file, options)
-        kept, left_out = _sorted_objects(file, format)
+        kept, left_out = _sorted_objects(file, format, options.drop)
         report = _report(file, format, plan, kept, [*left_out, *notes])
+        _require_nothing_lost(report, target)
         if dry_run:
             return report
-        wrong = Job(file, target, format, plan, kept, to, force, verify, progress, shard_size, sync).run()
+        job = Job(file, target, format, plan, kept, to, force, verify, progress, shard_size, sync, workers)
+        wrong = job.run()
     if wrong is not None:
         return dataclasses.replace(report, verified=False, notes=(*report.notes, f"Not written: {wrong}."))
-    return dataclasses.replace(report, target=str(target), verified=True if verify else None)
+    report = dataclasses.replace(report, target=str(target), verified=True if verify else None)
+    if job.removed:
+        gone = f"{_few(job.removed)}: removed; the old index named it, the new one does not."
+        report = dataclasses.replace(report, notes=(*report.notes, gone))
+    return report
 
 
 def _report(
@@ -176,6 +188,22 @@ def _report(
     )
 
 
+def _require_nothing_lost(report: ConversionReport, target: Path) -> None:
+    """Refuse to write over the source itself what is not all of it: the rest would be gone.
+
+    Raises:
+        CheckpointError: it would be.
+    """
+    lost = [*(name for entry in report.entries if entry.target is None for name in entry.sources), *report.left_out]
+    if lost and target.exists() and target.samefile(report.source):
+        raise CheckpointError(
+            str(target),
+            given=f"the source itself, without {_few(lost)}",
+            expected="another file",
+            advice="What is left out would be lost: write to another name.",
+        )
+
+
 def _format_of(target: Path) -> Format:
     format = known.by_name(target)
     if format is None or (format.write is None and format.name != sharded.NAME):
@@ -189,12 +217,15 @@ def _format_of(target: Path) -> Format:
     return format
 
 
-def _sorted_objects(file: StoredFile, format: Format) -> tuple[list[StoredObject], list[str]]:
+def _sorted_objects(file: StoredFile, format: Format, drop: Sequence[str]) -> tuple[list[StoredObject], list[str]]:
     kept, left_out = [], []
     for entry in file.objects:
         if entry.inert:
             continue
-        if format.holds(entry):
+        pattern = renaming.matches_entry(entry.name, drop)
+        if pattern is not None:
+            left_out.append(f"{entry.name}: left out ({entry.text}); dropped by --drop {pattern}")
+        elif format.holds(entry):
             kept.append(entry)
         else:
             left_out.append(f"{entry.name}: left out ({entry.text}); {format.name} has no place for it")
@@ -218,10 +249,6 @@ def _torn(plan: Plan, format: Format) -> list[str]:
 
 def _few(names: Sequence[str]) -> str:
     return ", ".join([*names[:8], *["..."][: len(names) > 8]])
-
-
-def _many(patterns: Sequence[str]) -> tuple[str, ...]:
-    return (patterns,) if isinstance(patterns, str) else tuple(patterns)
 
 
 def _names(given: Any) -> Mapping[str, tuple[int, ...]] | None:

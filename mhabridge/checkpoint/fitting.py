@@ -103,7 +103,7 @@ class Fitting:
         notes += [f"{name}: kept as it was; {pattern} may be missing" for name, pattern in wrong.allowed.items()]
         notes += [f"{', '.join(entry.sources)}: {entry.rule}" for entry in self.plan.entries if entry.target is None]
         used = {name for entry in self.plan.entries for name in entry.sources}
-        if self.options.prefix:
+        if self.options.prefix and self.file.keys() - used:
             notes.append(f"{len(self.file.keys() - used)} tensors outside {self.options.prefix} were not looked at.")
         plain = [entry.name for entry in self.file.objects if not entry.inert]
         if plain:

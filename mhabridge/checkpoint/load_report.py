@@ -6,6 +6,7 @@ import dataclasses
 import json
 from typing import Any
 
+from mhabridge.checkpoint.planning.completeness import prefix_advice
 from mhabridge.checkpoint.planning.drafts import Entry
 from mhabridge.errors import WeightsError
 
@@ -86,7 +87,11 @@ def require_ok(report: LoadReport) -> None:
             report.source,
             given="; ".join(f"{len(found)} {what}: {_some(found)}" for what, found in lists.items() if found),
             expected="a value for every tensor of the model, and no other",
-            advice="Nothing was changed. Use prefix, rename, drop or allow_missing; strict=False loads what fits.",
+            advice="Nothing was changed. "
+            + (
+                prefix_advice(report.missing, report.unexpected)
+                or "Use prefix, rename, drop or allow_missing; strict=False loads what fits."
+            ),
         )
 
 

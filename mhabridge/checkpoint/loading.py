@@ -17,8 +17,8 @@ from mhabridge.checkpoint.fitting import Fitting
 from mhabridge.checkpoint.formats.known import open_checkpoint
 from mhabridge.checkpoint.in_memory import Arrays
 from mhabridge.checkpoint.load_report import LoadReport, require_ok
+from mhabridge.checkpoint.planning import origins, sidecar
 from mhabridge.checkpoint.planning import plan as planning
-from mhabridge.checkpoint.planning import sidecar
 from mhabridge.checkpoint.planning.plan import Options, Plan
 from mhabridge.checkpoint.storage.stored import StoredFile
 from mhabridge.errors import ArgumentError, ArgumentTypeError, CheckpointError, UnsupportedError, WeightsError
@@ -91,20 +91,20 @@ def load_into(
     adapter = _adapter_of(model)
     slots, specs = adapter.state.slots(model), adapter.state.attentions(model)
     options = Options(
-        to=f"{adapter.FRAMEWORK}@{adapter.version()}",
+        to=origins.installed(adapter.FRAMEWORK, adapter.version()),
         source=source,
         spec=spec,
         num_heads=num_heads,
         rename=rename,
-        drop=_many(drop),
-        allow_missing=_many(allow_missing),
+        drop=drop,
+        allow_missing=allow_missing,
         kinds=kinds or {},
         names_of={name: slot.shape for slot in slots for name in slot.every_name},
         exact=False,
         prefix=prefix,
     )
     with open_checkpoint(src, nested, verify=True) as file:
-        left_out = planning.require_inert_allowed(file, ignore_objects)
+        left_out = planning.require_inert_allowed(file, ignore_objects, options.drop)
         try:
             plan = _plan(file, options, specs)
         except (ArgumentError, CheckpointError, UnsupportedError, WeightsError) as error:
@@ -159,7 +159,3 @@ def _plan(file: StoredFile, options: Options, specs: Mapping[str, MHASpec]) -> P
         known = sidecar.known(file, options.spec).by_prefix
         own = {path: one for path, one in specs.items() if packing.join(options.prefix, path) not in known}
         return planning.make(file, dataclasses.replace(options, spec={**own, **(options.spec or {})}))
-
-
-def _many(patterns: Sequence[str]) -> tuple[str, ...]:
-    return (patterns,) if isinstance(patterns, str) else tuple(patterns)

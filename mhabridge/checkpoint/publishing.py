@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
+import re
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -12,7 +14,9 @@ from mhabridge.checkpoint.formats import sharded
 from mhabridge.checkpoint.formats.known import Format, open_checkpoint
 from mhabridge.checkpoint.planning import origins, sidecar, verifying
 from mhabridge.checkpoint.planning.plan import Plan
-from mhabridge.checkpoint.storage import atomic, checksums
+from mhabridge.checkpoint.storage import atomic
+from mhabridge.checkpoint.storage.checksums import SumError
+from mhabridge.checkpoint.storage.parallel import Workers
 from mhabridge.checkpoint.storage.stored import StoredFile, StoredObject
 from mhabridge.checkpoint.storage.writing import Sink
 from mhabridge.errors import CheckpointError
@@ -33,9 +37,13 @@ class Job:
         framework: the target's; None for the source's.
         force: whether an existing target may be replaced.
         verify: whether the result is read back before it gets its name.
-        progress: called with the bytes done and the bytes in all.
+        progress: called with the bytes done and the bytes in all, each of which counts twice when it is also verified.
         shard_size: bytes of one file, when the target is sharded.
         sync: whether to wait until the bytes are on the disk.
+        workers: threads that write and compare.
+
+    Attributes:
+        removed: names of files that the old target had and the new one has not, and that are gone.
     """
 
     file: StoredFile
@@ -49,6 +57,8 @@ class Job:
     progress: Progress | None
     shard_size: int
     sync: bool
+    workers: int
+    removed: Sequence[str] = ()
 
     def run(self) -> str | None:
         """Write, verify and publish.
@@ -59,14 +69,14 @@ class Job:
         Raises:
             CheckpointError: the target cannot be written, or a checksum that the source keeps is wrong.
         """
-        self._done, self._total = 0, sum(one.nbytes for one in self.plan.outgoing)
-        summed = checksums.compared_meanwhile(self.file) if self.verify else contextlib.nullcontext(lambda: None)
+        self._done, self._total = 0, sum(one.nbytes for one in self.plan.outgoing) * (2 if self.verify else 1)
+        self._counting = threading.Lock()
+        self._require_any()
         try:
-            with summed as self._require_sums:
-                if self.format.name == sharded.NAME:
-                    self._run_sharded()
-                else:
-                    self._run_single()
+            if self.format.name == sharded.NAME:
+                self._run_sharded()
+            else:
+                self._run_single()
         except _Wrong as wrong:
             return str(wrong)
         return None
@@ -75,13 +85,9 @@ class Job:
         assert self.format.write is not None
         beside, specs = self._beside()
         with atomic.replacing_all([*beside, self.target], self.force, self.sync) as descriptors:
-            self.format.write(
-                Sink(descriptors[-1], self._advance),
-                self.plan.outgoing,
-                self.objects,
-                self._metadata(),
-                self.file.nested,
-            )
+            with Workers(self.workers) as workers:
+                sink = Sink(descriptors[-1], self._advance, workers)
+                self.format.write(sink, self.plan.outgoing, self.objects, self._metadata(), self.file.nested)
             if beside:
                 Sink(descriptors[0]).write(specs.encode())
             self._require_right(descriptors[-1:])
@@ -97,13 +103,14 @@ class Job:
 
     def _run_sharded(self) -> None:
         groups = sharded.by_size(self.plan.outgoing, self.shard_size)
-        sharded.write(
+        self.removed = sharded.write(
             self.target,
             groups,
             self.objects,
             self._metadata(),
             self.force,
             self.sync,
+            self.workers,
             progress=self._advance,
             check=lambda descriptors: self._require_right(descriptors[:-1]),
         )
@@ -116,12 +123,33 @@ class Job:
             paths = [f"/proc/self/fd/{descriptor}" for descriptor in descriptors]
             try:
                 written = [stack.enter_context(open_checkpoint(path, self.file.nested)) for path in paths]
-                wrong = verifying.fault(self.file, written, self.plan.outgoing, self.plan.checks, self.objects)
+                wrong = verifying.fault(
+                    self.file,
+                    written,
+                    self.plan.outgoing,
+                    self.plan.checks,
+                    self.objects,
+                    self.workers,
+                    self._advance,
+                )
+            except SumError:
+                raise
             except CheckpointError as error:
-                raise _Wrong(f"it cannot be read back: {error}") from error
-        self._require_sums()
+                said = re.sub(r"/proc/self/fd/\d+", lambda found: str(self.target), str(error))
+                raise _Wrong(f"it cannot be read back: {said}") from error
         if wrong is not None:
             raise _Wrong(wrong)
+
+    def _require_any(self) -> None:
+        """Not every format has a file without anything in it."""
+        if self.format.empty or self.plan.outgoing or self.objects:
+            return
+        raise CheckpointError(
+            str(self.target),
+            given="nothing to write",
+            expected=f"at least one tensor: a {self.format.name} file without any is none",
+            advice="See what --drop leaves out, or write .safetensors.",
+        )
 
     @property
     def _has_metadata(self) -> bool:
@@ -140,9 +168,10 @@ class Job:
         return metadata
 
     def _advance(self, count: int) -> None:
-        self._done += count
-        if self.progress is not None:
-            self.progress(min(self._done, self._total), self._total)
+        with self._counting:
+            self._done += count
+            if self.progress is not None:
+                self.progress(min(self._done, self._total), self._total)
 
 
 class _Wrong(Exception):

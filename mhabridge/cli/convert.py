@@ -69,6 +69,8 @@ def command(**options: Any) -> None:
     quiet = options["quiet"] or options["as_json"]
     with progress.bars(not quiet) as bars:
         outcomes = list(_outcomes(pairs, arguments, bars))
+    from mhabridge.cli.tables import printable
+
     if options["as_json"]:
         _print_json(pairs, outcomes)
     elif not options["quiet"]:
@@ -76,7 +78,7 @@ def command(**options: Any) -> None:
     for (source, _), outcome in zip(pairs, outcomes, strict=True):
         if isinstance(outcome, MHABridgeError):
             if len(pairs) > 1:
-                click.echo(f"mhabridge: {source} was not converted:", err=True)
+                click.echo(f"mhabridge: {printable(source)} was not converted:", err=True)
             explain(outcome)
     sys.exit(max(_exit_code(outcome) for outcome in outcomes))
 
@@ -144,11 +146,12 @@ def _outcomes(
 ) -> Iterator[ConversionReport | MHABridgeError]:
     """A report, or the error, for each pair in their order: a file that fails keeps no other from being converted."""
     from mhabridge.checkpoint.conversion import convert_checkpoint
+    from mhabridge.cli.tables import printable
 
     stop = progress.Stop()
 
     def convert(source: str, target: pathlib.Path) -> ConversionReport | MHABridgeError:
-        watched = stop.watching(bars(target.name))
+        watched = stop.watching(bars(printable(target.name)))
         try:
             return convert_checkpoint(source, target, progress=watched, **arguments)
         except MHABridgeError as error:

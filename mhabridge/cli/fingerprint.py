@@ -16,9 +16,17 @@ if TYPE_CHECKING:
 @click.argument("files", nargs=-1, required=True, metavar="FILE...")
 @click.option("--equal", is_flag=True, help="Exit with 1 when the files differ.")
 @click.option("--spec", "spec_file", metavar="FILE", help="The attention layers' spec as JSON, or specs by prefix.")
+@click.option("--num-heads", type=click.IntRange(1), help="Of all attention layers; it does not change the hashes.")
 @click.option("--nested", multiple=True, metavar="KEY", help="Where the state dict lies; '' for the top. Repeatable.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def command(files: tuple[str, ...], equal: bool, spec_file: str | None, nested: tuple[str, ...], as_json: bool) -> None:
+def command(
+    files: tuple[str, ...],
+    equal: bool,
+    spec_file: str | None,
+    num_heads: int | None,
+    nested: tuple[str, ...],
+    as_json: bool,
+) -> None:
     """Print two hashes of each file: of its attention weights, and of all its weights.
 
     Names, layouts, the order of layers and the file format do not count; values, dtypes and shapes do.
@@ -32,7 +40,7 @@ def command(files: tuple[str, ...], equal: bool, spec_file: str | None, nested: 
     keys = [key for key in nested if key] if nested else None
     found = {}
     for file in files:
-        found[file] = fingerprint(file, spec, nested=keys)
+        found[file] = fingerprint(file, spec, num_heads, keys)
         if not as_json:
             click.echo(_line(file, found[file]))
     if as_json:
@@ -42,8 +50,10 @@ def command(files: tuple[str, ...], equal: bool, spec_file: str | None, nested: 
 
 
 def _line(file: str, found: Fingerprint) -> str:
+    from mhabridge.cli.tables import printable
+
     layers = f"attention {found.attention}" if found.layers else "no attention layers"
-    return f"{file}: {layers} all {found.all}"
+    return f"{printable(file)}: {layers} all {found.all}"
 
 
 def _compare(found: list[Fingerprint], quiet: bool) -> int:

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from mhabridge.errors import ArgumentError
+from mhabridge.errors import ArgumentError, MHABridgeError
 
 if TYPE_CHECKING:
     from mhabridge.spec import MHASpec
@@ -70,9 +70,14 @@ def _spec_from(content: Any, where: str) -> MHASpec | dict[str, MHASpec]:
 
     if not isinstance(content, dict):
         raise ArgumentError(where, given=type(content).__name__, expected="a spec, or specs by prefix")
-    if content and all(isinstance(one, dict) for one in content.values()):
-        return {prefix: MHASpec.from_dict(one) for prefix, one in content.items()}
-    return MHASpec.from_dict(content)
+    try:
+        if content and all(isinstance(one, dict) for one in content.values()):
+            return {prefix: MHASpec.from_dict(one) for prefix, one in content.items()}
+        return MHASpec.from_dict(content)
+    except MHABridgeError as error:
+        raise ArgumentError(
+            f"{where}: {error.subject}", given=error.given, expected=error.expected, advice=error.advice
+        ) from error
 
 
 def _parsed(path: str) -> dict[str, Any]:

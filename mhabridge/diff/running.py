@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from mhabridge import dtypes, mapping, reference
-from mhabridge.backends.registry import Backend
+from mhabridge.backends.registry import Backend, ctrl_c_ends_workers
 from mhabridge.backends.registry import backend as find_backend
 from mhabridge.backends.running import Prepared, prepare, restore
 from mhabridge.calls import Result
@@ -160,7 +160,7 @@ def _random_grads(
 def _ask(names: list[str], job: _Job) -> tuple[list[Run], dict[str, dict[str, np.ndarray]]]:
     """Every backend's answer, in the order of the names: workers at the same time, this process's one after another."""
     found = [_found(name) for name in names]
-    with concurrent.futures.ThreadPoolExecutor(len(names)) as pool:
+    with concurrent.futures.ThreadPoolExecutor(len(names)) as pool, ctrl_c_ends_workers():
         # A framework in this process stays in this thread: MegEngine works in the main one only.
         waiting = {i: pool.submit(_run, each, job) for i, each in enumerate(found) if _elsewhere(each)}
         done = {i: _run(each, job) for i, each in enumerate(found) if i not in waiting}

@@ -24,6 +24,7 @@ from mhabridge.checkpoint.storage import checking
 from mhabridge.checkpoint.storage.stored import StoredFile, StoredObject
 from mhabridge.errors import ArgumentTypeError, CheckpointError
 
+_LFS = b"version https://git-lfs"
 _HEAD = 512  # bytes
 
 
@@ -40,6 +41,7 @@ class Format:
             is no single file.
         holds: whether an entry that is no tensor can be written.
         ties: whether tensors that are one in the source are one in a file of this format.
+        empty: whether there are files of this format without anything in them.
     """
 
     name: str
@@ -49,6 +51,7 @@ class Format:
     write: Callable[..., None] | None
     holds: Callable[[StoredObject], bool]
     ties: bool = False
+    empty: bool = True
 
 
 def _read_shards(path: Path, nested: Sequence[str] | None, verify: bool) -> StoredFile:
@@ -88,6 +91,7 @@ FORMATS = (
         mindspore_ckpt.read,
         mindspore_writing.write,
         mindspore_writing.holds,
+        empty=False,
     ),
     Format("megengine", (".pkl", ".mge"), megengine.sniff, megengine.read, megengine.write, emitting.holds, ties=True),
     Format(sharded.NAME, (sharded.ENDING,), sharded.sniff, _read_shards, None, safetensors_file.holds),
@@ -121,7 +125,7 @@ def open_checkpoint(
         CheckpointError: the file is missing, damaged, of an unknown format, or asks for something that we refuse to do.
     """
     if not isinstance(path, (str, os.PathLike)):
-        raise ArgumentTypeError("path", given=repr(path), expected="a path: a string or a pathlib.Path")
+        raise ArgumentTypeError("path", given=f"{path!r:.80}", expected="a path: a string or a pathlib.Path")
     path = Path(path)
     nested = (nested,) if isinstance(nested, str) else nested
     named, found = by_name(path), _by_content(path)
@@ -142,4 +146,11 @@ def open_checkpoint(
 def _by_content(path: Path) -> list[Format]:
     with checking.opened(path) as descriptor:
         head = os.pread(descriptor, _HEAD, 0)
+    if head.startswith(_LFS):
+        raise CheckpointError(
+            str(path),
+            given="a Git LFS pointer: the file itself was not fetched",
+            expected="a checkpoint file",
+            advice="Run `git lfs pull` in its folder, or download the file.",
+        )
     return [found for found in FORMATS if found.sniff(head)]

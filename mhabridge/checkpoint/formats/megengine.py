@@ -97,8 +97,9 @@ def write(
     """
     before, after = emitting.wrapped(tensors, objects, nested)
     heads = [_head(tensor) for tensor in tensors]
-    sink.write(emitting.start(_PROTOCOL) + before)
     uses = Counter(map(_identity, tensors))
+    sink.reserve(_written(tensors))
+    sink.write(emitting.start(_PROTOCOL) + before)
     memo: dict[object, int] = {}
     for tensor, head in zip(tensors, heads, strict=True):
         same = _identity(tensor)
@@ -107,7 +108,7 @@ def write(
             sink.write(emitting.recall(memo[same]))
             continue
         sink.write(head)
-        tensor.write_to(sink)
+        sink.later(tensor.nbytes, tensor.write_to)
         sink.write(emitting.TUPLE + emitting.BUILD)
         if tensor.tied is not None and uses[same] > 1:
             memo[same] = len(memo)
@@ -131,6 +132,12 @@ def notes_on(tensors: Sequence[Outgoing]) -> list[str]:
 
 def _few(names: list[str]) -> str:
     return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
+
+
+def _written(tensors: Sequence[Outgoing]) -> int:
+    """Bytes of all arrays; those of one value of ``tied`` are written once."""
+    tied = {_identity(tensor): tensor.nbytes for tensor in tensors if tensor.tied is not None}
+    return sum(tied.values()) + sum(tensor.nbytes for tensor in tensors if tensor.tied is None)
 
 
 def _identity(tensor: Outgoing) -> object:

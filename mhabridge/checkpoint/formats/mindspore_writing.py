@@ -50,15 +50,26 @@ def write(
         CheckpointError: there is an empty tensor, or a name, dtype or object that has no place in this format.
     """
     _require_room(tensors, objects, keep_empty)
+    sink.reserve(sum(tensor.nbytes for tensor in tensors))
     for tensor in tensors:
-        _Slices(sink, tensor, slice_size).write_all()
+        _write(sink, tensor, slice_size)
     for entry in objects:
         scalar = scalars.as_tensor(entry)
         if scalar is None:
             text = scalars.utf32(entry.value) or b""
             sink.write(head_of(entry.name, (0,), "str", len(text)) + text)
         else:
-            _Slices(sink, scalar, slice_size).write_all()
+            _write(sink, scalar, slice_size)
+
+
+def _write(sink: Sink, tensor: Outgoing, slice_size: int) -> None:
+    starts = range(0, max(tensor.nbytes, 1), slice_size)
+    heads = sum(len(_head(tensor, min(slice_size, tensor.nbytes - start))) for start in starts)
+    sink.later(heads + tensor.nbytes, lambda part: _Slices(part, tensor, slice_size).write_all())
+
+
+def _head(tensor: Outgoing, length: int) -> bytes:
+    return head_of(tensor.name, tensor.shape, _CODES[tensor.dtype], length)
 
 
 class _Slices(Sink):
@@ -99,8 +110,7 @@ class _Slices(Sink):
 
     def _begin(self) -> None:
         self._room = min(self._size, self._tensor.nbytes - self.position)
-        kind = _CODES[self._tensor.dtype]
-        self._sink.write(head_of(self._tensor.name, self._tensor.shape, kind, self._room))
+        self._sink.write(_head(self._tensor, self._room))
 
 
 def _require_room(tensors: Sequence[Outgoing], objects: Sequence[StoredObject], keep_empty: bool) -> None:

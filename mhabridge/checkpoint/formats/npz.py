@@ -25,6 +25,7 @@ NAME = "npz"
 _DEFLATED = 8
 _MOST_DEFLATED = 1032  # deflate makes nothing smaller than by this factor (https://zlib.net/zlib_tech.html)
 _MOST_UNPACKED = 4 << 30
+_LONGEST_OF_TORCH = 255 + len("/data.pkl")
 _SUFFIX = ".npy"
 
 
@@ -37,7 +38,9 @@ def sniff(head: bytes) -> bool:
     """
     if head[:4] != b"PK\x03\x04":
         return head[:4] == b"PK\x05\x06"
-    return head[30 : 30 + int.from_bytes(head[26:28], "little")].endswith(_SUFFIX.encode())
+    length = int.from_bytes(head[26:28], "little")
+    # Of a longer name we do not see the end; PyTorch's first member is a folder's name of 255 bytes and data.pkl.
+    return length > _LONGEST_OF_TORCH or head[30 : 30 + length].endswith(_SUFFIX.encode())
 
 
 def read(path: str | os.PathLike[str], nested: Sequence[str] | None = None, verify: bool = False) -> StoredFile:

@@ -18,8 +18,6 @@ from mhabridge.checkpoint.storage.stored import NOT_IN_NUMPY, StoredObject
 from mhabridge.checkpoint.storage.writing import Outgoing, Sink
 from mhabridge.errors import CheckpointError
 
-_LONGEST_NAME = 60_000  # bytes; a zip archive has room for 65,535
-
 
 def holds(entry: StoredObject) -> bool:
     """Whether an entry that is no tensor can be written: a string, a number or a bool, as an array of shape ()."""
@@ -46,6 +44,7 @@ def write(
         CheckpointError: a name, dtype or object has no place in this format.
     """
     _require_room(tensors, objects)
+    sink.reserve(sum(tensor.nbytes for tensor in tensors))
     archive = ZipWriter(sink)
     for tensor in tensors:
         _add(archive, tensor.name, _kind(tensor), tensor.shape, tensor.nbytes, tensor.write_to)
@@ -97,5 +96,7 @@ def _require_room(tensors: Sequence[Outgoing], objects: Sequence[StoredObject]) 
     names = [*(tensor.name for tensor in tensors), *(entry.name for entry in objects)]
     checking.require_names(names)
     for name in names:
-        if "\0" in name or len(name.encode()) > _LONGEST_NAME:
-            raise CheckpointError(repr(name[:80]), given="no name for a member of an archive", expected="a shorter one")
+        if "\0" in name:
+            raise CheckpointError(
+                repr(name[:80]), given="no name for a member of an archive", expected="one without the character NUL"
+            )

@@ -95,9 +95,10 @@ def write(
         kept[OBJECTS] = _json(objects)
     ordered = safetensors_header.in_order(tensors)
     header = safetensors_header.text_of(ordered, kept)
+    sink.reserve(8 + len(header) + sum(tensor.nbytes for tensor in ordered))
     sink.write(struct.pack("<Q", len(header)) + header)
     for tensor in ordered:
-        tensor.write_to(sink)
+        sink.later(tensor.nbytes, tensor.write_to)
 
 
 def _json(objects: Sequence[StoredObject]) -> str:

@@ -10,6 +10,7 @@ import collections
 import json
 import math
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,7 @@ DTYPES = {
 }
 _CODES = {name: code for code, name in DTYPES.items()}
 _RANKS = {name: rank for rank, name in enumerate(DTYPES.values())}
-_SUB_BYTE = ("F4", "F6_E2M3", "F6_E3M2")
+_SUB_BYTE = re.compile(r"(I|U|F|FP|NF|INT|UINT)[1-7](_\w{1,20})?")  # F4, F6_E2M3 and F6_E3M2 in 0.8; I4 elsewhere
 
 
 def read(path: Path, descriptor: int) -> tuple[list[StoredTensor], dict[str, str]]:
@@ -71,10 +72,11 @@ def text_of(tensors: Sequence[Outgoing], metadata: Mapping[str, str]) -> bytes:
     Raises:
         CheckpointError: a name occurs twice or is no text, or the header gets too long.
     """
+    checking.require_names([tensor.name for tensor in tensors])
     entries: dict[str, Any] = {METADATA: dict(metadata)} if metadata else {}
     position = 0
     for tensor in tensors:
-        if tensor.name in entries or tensor.name == METADATA:
+        if tensor.name == METADATA:
             raise CheckpointError(tensor.name, given="a name that is taken", expected="one tensor of each name")
         offsets = [position, position + tensor.nbytes]
         entries[tensor.name] = {"dtype": _CODES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": offsets}
@@ -188,7 +190,7 @@ def _tensor(path: Path, name: str, entry: Any, start: int, metadata: Mapping[str
 def _dtype(path: Path, name: str, code: Any, metadata: Mapping[str, str]) -> str:
     if not is_text(name):
         raise damaged(path, f"the name {name!r} is no text")
-    if code in _SUB_BYTE or mindspore_metadata.is_packed(name, metadata):
+    if (isinstance(code, str) and _SUB_BYTE.fullmatch(code.upper())) or mindspore_metadata.is_packed(name, metadata):
         raise CheckpointError(
             f"{path}: {name}",
             given=f"dtype {metadata.get(name, code)}, of less than a byte an element",
@@ -196,7 +198,12 @@ def _dtype(path: Path, name: str, code: Any, metadata: Mapping[str, str]) -> str
             advice="Quantised weights have to be dequantised first, by the library that wrote them.",
         )
     if not isinstance(code, str) or code not in DTYPES:
-        raise damaged(path, f"{name!r} is of dtype {code!r}")
+        raise CheckpointError(
+            f"{path}: {name}",
+            given=f"dtype {str(code)[:40]!r}, which no version of safetensors up to 0.8 has",
+            expected="one of " + ", ".join(DTYPES),
+            advice="The file is damaged, or newer than this reader.",
+        )
     return DTYPES[code]
 
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from mhabridge.checkpoint.formats import safetensors_file
 from mhabridge.checkpoint.formats.safetensors_header import unique
 from mhabridge.checkpoint.storage import atomic, checking
 from mhabridge.checkpoint.storage.checksums import Checksum
+from mhabridge.checkpoint.storage.parallel import Workers, usual_count
 from mhabridge.checkpoint.storage.stored import Extent, StoredFile, StoredObject, StoredTensor
 from mhabridge.checkpoint.storage.writing import Outgoing, Sink
 from mhabridge.errors import CheckpointError
@@ -70,11 +71,14 @@ def write(
     metadata: Mapping[str, str] | None = None,
     force: bool = False,
     sync: bool = True,
-    workers: int = 2,
+    workers: int | None = None,
     progress: Callable[[int], None] | None = None,
     check: Callable[[Sequence[int]], None] | None = None,
-) -> None:
+) -> list[str]:
     """Write safetensors files and their index; none has its name before all are whole.
+
+    What the index that is replaced named, and the new one does not, is removed afterwards: files of the names that are
+    given here, and no others.
 
     Args:
         path: the index, named ``<stem>.index.json``; the files are ``<stem>-00001-of-00002.safetensors`` beside it.
@@ -83,31 +87,35 @@ def write(
         metadata: of each file.
         force: whether existing files may be replaced.
         sync: whether to wait until the bytes are on the disk.
-        workers: how many files are written at a time.
+        workers: threads that write; None for as many as there are processors, two at most.
         progress: called with the number of bytes that were just written, from any of the threads.
         check: called with the descriptors of the files, and of the index, before they get their names; when it raises,
             nothing is written.
 
+    Returns:
+        The names of the files that were removed.
+
     Raises:
-        CheckpointError: as ``safetensors_file.write`` and ``atomic.replacing_all``; or a tensor is in two shards.
+        CheckpointError: as ``safetensors_file.write`` and ``atomic.replacing_all``; or a tensor is in two shards, or
+            the index gets too long.
     """
     index = Path(path)
     if not index.name.endswith(ENDING):
         raise CheckpointError(str(index), given="the name of an index", expected=f"one that ends in {ENDING}")
     checking.require_names([tensor.name for shard in shards for tensor in shard])
     names = _file_names(index, len(shards))
+    text = _index_text(names, shards)
     targets = [*(index.with_name(name) for name in names), index]
+    old = _old_files(index) if force else []
     with atomic.replacing_all(targets, force, sync) as descriptors:
-
-        def write_one(number: int) -> None:
-            kept = objects if number == 0 else ()
-            safetensors_file.write(Sink(descriptors[number], progress), shards[number], kept, metadata)
-
-        with ThreadPoolExecutor(max_workers=max(workers, 1)) as pool:
-            list(pool.map(write_one, range(len(shards))))
-        Sink(descriptors[-1]).write(_index_text(names, shards))
+        with Workers(usual_count() if workers is None else workers) as threads:
+            for number, shard in enumerate(shards):
+                kept = objects if number == 0 else ()
+                safetensors_file.write(Sink(descriptors[number], progress, threads), shard, kept, metadata)
+        Sink(descriptors[-1]).write(text)
         if check is not None:
             check(descriptors)
+    return _removed(index, [name for name in old if name not in names])
 
 
 def by_size(tensors: Sequence[Outgoing], limit: int) -> list[list[Outgoing]]:
@@ -241,13 +249,39 @@ def damaged(path: Path, why: str) -> CheckpointError:
     return checking.damaged(path, why, "the index of a checkpoint in several files")
 
 
+def _stem(index: Path) -> str:
+    return index.name[: -len(ENDING)].removesuffix(".safetensors")
+
+
 def _file_names(index: Path, count: int) -> list[str]:
-    stem = index.name[: -len(ENDING)].removesuffix(".safetensors")
+    stem = _stem(index)
     return [f"{stem}-{number:05}-of-{count:05}.safetensors" for number in range(1, count + 1)]
+
+
+def _old_files(index: Path) -> list[str]:
+    """The files of an index that is to be replaced, as far as they are named as those that are written here."""
+    try:
+        listed = set(_content(index)["weight_map"].values())
+    except CheckpointError:  # none, or a broken one: whose files those beside it are, nobody knows
+        return []
+    ours = re.compile(re.escape(_stem(index)) + r"-\d{5}-of-\d{5}\.safetensors")
+    return sorted(name for name in listed if ours.fullmatch(name))
+
+
+def _removed(index: Path, names: Sequence[str]) -> list[str]:
+    """Remove regular files beside the index; which were there."""
+    files = [index.with_name(name) for name in names]
+    found = [file for file in files if file.is_file() and not file.is_symlink()]
+    for file in found:
+        file.unlink(missing_ok=True)
+    return [file.name for file in found]
 
 
 def _index_text(names: Sequence[str], shards: Sequence[Sequence[Outgoing]]) -> bytes:
     weight_map = {tensor.name: name for name, tensors in zip(names, shards, strict=True) for tensor in tensors}
     total = sum(tensor.nbytes for tensors in shards for tensor in tensors)
     content = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-    return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
+    text = (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
+    if len(text) > _LONGEST_INDEX:
+        raise CheckpointError("the index", given=f"{len(text)} bytes", expected=f"at most {_LONGEST_INDEX}")
+    return text

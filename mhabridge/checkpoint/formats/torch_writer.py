@@ -44,6 +44,7 @@ def write(
     before, after = emitting.wrapped(tensors, objects, nested)
     keys, owners = _storages(tensors)
     entries = [emitting.value(tensor.name) + _tensor(tensor, key) for tensor, key in zip(tensors, keys, strict=True)]
+    sink.reserve(sum(owner.nbytes for owner in owners))
     archive = ZipWriter(sink)
     archive.add(f"{FOLDER}/data.pkl", b"".join([emitting.start(2), before, *entries, after, emitting.STOP]))
     archive.add(f"{FOLDER}/.format_version", b"1")

@@ -30,7 +30,8 @@ class ZipWriter:
 
     def __init__(self, sink: Sink) -> None:
         self._sink = sink
-        self._index: list[bytes] = []
+        self._entries: list[tuple[bytes, int, int, int]] = []  # name, flags, size, header
+        self._sums: dict[int, int] = {}  # by the entry's number
 
     def add(self, name: str, content: bytes) -> None:
         """Writes a member."""
@@ -48,20 +49,25 @@ class ZipWriter:
         encoded = name.encode("utf-8")
         flags = _UTF8 | (_HAS_DESCRIPTOR if size else 0)
         self._sink.write(local_header(encoded, flags, size, header))
-        self._sink.start_crc()
-        emit(self._sink)
-        crc = self._sink.end_crc()
-        if size:
-            form = "<4sI2Q" if _is_long(size, header) else "<4s3I"
-            self._sink.write(struct.pack(form, _DESCRIPTOR_MAGIC, crc, size, size))
-        self._index.append(_central_header(encoded, flags, crc, size, header))
+        number, form = len(self._entries), "<4sI2Q" if _is_long(size, header) else "<4s3I"
+        self._entries.append((encoded, flags, size, header))
+
+        def emit_all(sink: Sink) -> None:
+            sink.start_crc()
+            emit(sink)
+            self._sums[number] = crc = sink.end_crc()
+            if size:
+                sink.write(struct.pack(form, _DESCRIPTOR_MAGIC, crc, size, size))
+
+        self._sink.later(size + (struct.calcsize(form) if size else 0), emit_all)
 
     def finish(self) -> None:
         """Writes the index; nothing can be added afterwards."""
+        self._sink.wait()
         start = self._sink.position
-        for entry in self._index:
-            self._sink.write(entry)
-        size, count = self._sink.position - start, len(self._index)
+        for number, (name, flags, length, header) in enumerate(self._entries):
+            self._sink.write(_central_header(name, flags, self._sums[number], length, header))
+        size, count = self._sink.position - start, len(self._entries)
         if count >= zips.FULL16 or start + size >= zips.FULL32:
             end = self._sink.position
             self._sink.write(

@@ -28,7 +28,7 @@ FULL16, FULL32 = 0xFFFF, 0xFFFFFFFF  # "see the 64-bit field instead"
 ZIP64 = 0x0001  # the extra field with these
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class Member:
     """One member of an archive.
 

@@ -9,6 +9,8 @@ import struct
 from collections.abc import Sequence
 from typing import Any
 
+from mhabridge.checkpoint.pickled import pickles
+from mhabridge.checkpoint.storage import checking
 from mhabridge.checkpoint.storage.stored import StoredObject
 from mhabridge.checkpoint.storage.writing import Outgoing
 from mhabridge.errors import CheckpointError
@@ -50,6 +52,7 @@ def value(data: Any) -> bytes:
     """Plain data: None, bool, int, float, str, and lists, tuples and dicts of those.
 
     Raises:
+        CheckpointError: a text is longer than our own reader takes.
         TypeError: something else.
 
     Example:
@@ -65,6 +68,13 @@ def value(data: Any) -> bytes:
         return b"G" + struct.pack(">d", data)
     if isinstance(data, str):
         text = data.encode("utf-8")
+        if len(text) > pickles.LONG_TEXT:
+            raise CheckpointError(
+                f"{data[:60]!r}...",
+                given=f"a text of {len(text)} bytes",
+                expected=f"at most {pickles.LONG_TEXT}",
+                advice="Leave it out with drop (--drop), or write .safetensors.",
+            )
         return b"X" + struct.pack("<I", len(text)) + text
     if isinstance(data, (list, tuple)):
         inner = b"".join(map(value, data))
@@ -109,10 +119,8 @@ def levels(
         [{'epoch': 3}, {'step': 7}]
     """
     found: list[dict[str, Any]] = [{} for _ in range(len(nested) + 1)]
+    checking.require_names([tensor.name for tensor in tensors])
     taken = [*({key} for key in nested), {tensor.name for tensor in tensors}]
-    if len(taken[-1]) != len(tensors):
-        names = [tensor.name for tensor in tensors]
-        raise _twice(next(name for name in names if names.count(name) > 1))
     prefixes = ["".join(f"{key}." for key in nested[:depth]) for depth in range(len(nested) + 1)]
     for entry in objects:
         if not holds(entry):

@@ -11,9 +11,10 @@ from collections.abc import Iterable, Sequence
 
 from mhabridge.checkpoint.pickled.inert import Made, Node
 from mhabridge.checkpoint.pickled.objects import stored_object, survey
-from mhabridge.checkpoint.pickled.pickles import MAX_OPCODES, Loaded
+from mhabridge.checkpoint.pickled.pickles import Loaded
 from mhabridge.checkpoint.pickled.values import KNOWN, MAX_DEPTH, Interpreter, is_dict, key_text
 from mhabridge.checkpoint.pickled.whole_modules import class_of, is_module, module_entries
+from mhabridge.checkpoint.storage import checking
 from mhabridge.checkpoint.storage.stored import StoredObject, StoredTensor
 from mhabridge.errors import CheckpointError
 
@@ -21,7 +22,8 @@ from mhabridge.errors import CheckpointError
 USUAL_KEYS = ("state_dict", "model_state_dict", "model", "module", "params", "net", "network", "weights", "ema")
 # Parts of keys under which the tensors are no parameters, as optimizers and Lightning's callbacks have them.
 _NOT_MODELS = ("optim", "sched", "scaler", "callback", "loops", "metric", "hparam", "hyper_param", "rng")
-MAX_ENTRIES = MAX_OPCODES // 10  # a tensor or an object that is in the file once takes at least so many operations
+MAX_ENTRIES = checking.MOST_TENSORS
+_VERSIONS = "The versions of module classes (PyTorch's _metadata) are not kept."
 _ONLY_TENSOR = "tensor"  # the name of a tensor that is the whole file
 
 
@@ -54,6 +56,7 @@ def find(interpreter: Interpreter, loaded: Loaded, nested: Sequence[str] | None 
         CheckpointError: it could be more than one part, or there is no tensor, or a tensor is of a kind that cannot be
             read, or the file asks for a name that no entry shows.
     """
+    interpreter.allow(loaded.operations)
     found = Found(_guess(interpreter, loaded.root, ()) if nested is None else tuple(nested))
     node = loaded.root
     for depth, key in enumerate(found.nested):
@@ -89,7 +92,8 @@ def _step_into(interpreter: Interpreter, found: Found, node: Node, depth: int, k
 def dict_entries(interpreter: Interpreter, found: Found, node: Node, where: str) -> list[tuple[str, Node]] | None:
     """The entries of a dict under names; None if it is none. Attributes that were set on it become objects.
 
-    ``_metadata``, which PyTorch sets on every state dict, is left out: it holds the versions of module classes.
+    ``_metadata``, which PyTorch sets on every state dict, is left out: it holds the versions of module classes, which
+    no other format has and ``load_state_dict`` looks at for a few old ones only. A note says so.
     """
     pairs = interpreter.entries(node, where)
     if pairs is None:
@@ -98,7 +102,9 @@ def dict_entries(interpreter: Interpreter, found: Found, node: Node, where: str)
     if attributes is None:
         raise interpreter.fail(where, "a dict with a state that is none")
     for key, value in attributes:
-        if key != "_metadata":
+        if key == "_metadata":
+            interpreter.notes[_VERSIONS] = None
+        else:
             found.objects.append(stored_object(interpreter, value, _joined(where, f"(attribute {key_text(key)})")))
     return [(key_text(key), value) for key, value in pairs]
 

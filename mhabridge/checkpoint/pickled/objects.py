@@ -13,6 +13,10 @@ from mhabridge.errors import CheckpointError
 _WIDEST = 80  # characters of a text that is shown
 _LARGEST_SCALAR = 16  # bytes
 _PLAIN_COST = 5  # steps: what is built takes more memory than what is looked at
+# Made of the list that they are called with, or (a set, from pickle's protocol 4 on) of what is added afterwards.
+_CONTAINERS = (*SETS, "builtins.list", "builtins.tuple", "torch.Size")
+_LEADING = (Name, list, tuple, Table, Made, Persistent)
+_SHORT = 8  # parts of a tuple that are looked at at once
 _DEEPEST = 10_000  # records in each other, on any way through them
 
 
@@ -44,8 +48,15 @@ def _counted(interpreter: Interpreter, node: Node) -> tuple[int, tuple[str, ...]
         seen.add(id(here))
         if interpreter.is_tensor(here):
             tensors, counts = tensors + counts, False  # a Parameter holds its tensor: one, not two
-        waiting += [(part, counts, depth + 1) for part in reversed(parts(here))]
+        waiting += [(part, counts, depth + 1) for part in reversed(parts(here)) if _may_lead_on(part)]
     return tensors, tuple(inert)
+
+
+def _may_lead_on(node: Node) -> bool:
+    """Whether there may be a tensor or a name in a record; shapes and strides, of which there are many, have none."""
+    if isinstance(node, tuple) and len(node) <= _SHORT:
+        return any(isinstance(part, _LEADING) for part in node)
+    return isinstance(node, _LEADING)
 
 
 def stored_object(interpreter: Interpreter, node: Node, name: str) -> StoredObject:
@@ -129,8 +140,9 @@ def _object_text(interpreter: Interpreter, node: Node) -> str:
     found = arrays.array_element(node)
     if found is not None:
         return f"an array of {found.text}"
-    if node.known_as in SETS:
-        return f"a set of {len(node.items)} entries"
+    if node.known_as in _CONTAINERS:
+        first = node.args[0] if node.args and isinstance(node.args[0], (list, tuple)) else ()
+        return f"a {node.known_as.removeprefix('builtins.')} of {len(first) + len(node.items)} entries"
     return f"an object of {node.function}" if isinstance(node.function, Name) else "an object"
 
 

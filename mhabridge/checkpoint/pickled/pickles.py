@@ -14,18 +14,25 @@ from __future__ import annotations
 import codecs
 import dataclasses
 import struct
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from mhabridge.checkpoint.pickled.inert import Made, Name, Node, Persistent, Slice, Table
+from mhabridge.checkpoint.storage import checking
 from mhabridge.checkpoint.storage.streams import DAMAGED, ByteStream
 from mhabridge.errors import CheckpointError
 
-MAX_OPCODES = 2_000_000  # a tensor takes about 30; each leaves at most about 130 bytes of memory behind
+# A tensor takes about 30 operations of 6 bytes each, and each leaves at most about 130 bytes of memory behind. Many are
+# allowed only where there is a file of that size: a small one must not make us take much memory.
+ALWAYS_ALLOWED = 2_000_000
+MAX_OPCODES = 40 * checking.MOST_TENSORS
+_BYTES_EACH = 4
 MAX_NAMES = 20_000  # different ones; a checkpoint has some dozens
 MAX_INTEGER = 1024  # bytes
 MAX_LINE = 2048  # bytes of a name or a number written as text
 LONG_TEXT = 64 * 1024  # bytes; longer ones stay in the file
+_FREQUENT = frozenset(("storage", "cpu", "f4", "f2", "b", "<", "|"))  # in each tensor: kept in memory once
 MAX_TEXTS = 64 * 1024 * 1024  # bytes of all texts together
 
 
@@ -37,11 +44,13 @@ class Loaded:
         root: the object that it stands for, as inert records.
         names: every name that it asks for, in order, also for what it throws away again.
         ids: every persistent id, in order.
+        operations: how many the pickle has.
     """
 
     root: Node
     names: tuple[Name, ...]
     ids: tuple[Persistent, ...]
+    operations: int = 0
 
 
 def load(stream: ByteStream) -> Loaded:
@@ -62,10 +71,11 @@ def load(stream: ByteStream) -> Loaded:
     """
     machine = _Machine(stream)
     start = stream.position
-    for _ in range(MAX_OPCODES):
+    allowed = most_operations(stream.left)
+    for count in range(allowed):
         code = stream.take(1)
         if code == b".":
-            return Loaded(machine.result(start), tuple(machine.names), tuple(machine.ids))
+            return Loaded(machine.result(start), tuple(machine.names), tuple(machine.ids), count)
         step = _STEPS.get(code)
         if step is None:
             raise machine.damaged(f"the byte {code!r} where an operation of a pickle belongs")
@@ -75,10 +85,20 @@ def load(stream: ByteStream) -> Loaded:
             raise machine.damaged(f"an operation {code!r} that does not fit ({error})") from error
     raise CheckpointError(
         str(stream.path),
-        given=f"a pickle of more than {MAX_OPCODES} operations",
+        given=f"a pickle of more than {allowed} operations",
         expected="a checkpoint's",
         advice="Save the state dict alone, as a safetensors file for instance.",
     )
+
+
+def most_operations(size: int) -> int:
+    """How many operations a pickle of so many bytes may have.
+
+    Example:
+        >>> most_operations(1000), most_operations(12_000_000), most_operations(2**40)
+        (2000000, 3000000, 10000000)
+    """
+    return min(max(ALWAYS_ALLOWED, size // _BYTES_EACH), MAX_OPCODES)
 
 
 class _Machine:
@@ -89,7 +109,7 @@ class _Machine:
         self.stack: list[Node] = []
         self.outer: list[list[Node]] = []  # the stacks below the open marks
         self.memo: dict[int, Node] = {}
-        self.names: dict[Name, None] = {}
+        self.names: dict[Name, Name] = {}
         self.ids: list[Persistent] = []
         self.text_left = MAX_TEXTS
 
@@ -126,7 +146,8 @@ class _Machine:
         self.text_left -= length
         if self.text_left < 0:
             raise ValueError(f"more than {MAX_TEXTS} bytes of text")
-        self.stack.append(self.stream.take(length).decode("utf-8"))
+        text = self.stream.take(length).decode("utf-8")
+        self.stack.append(sys.intern(text) if text in _FREQUENT else text)
 
     def payload(self, form: str) -> None:
         length = self.number(form)
@@ -212,7 +233,7 @@ class _Machine:
 
     def named(self, module: str, name: str) -> Name:
         found = Name(module, name)
-        self.names[found] = None
+        found = self.names.setdefault(found, found)  # one record of each: a checkpoint asks for some a million times
         if len(self.names) > MAX_NAMES:
             raise ValueError(f"more than {MAX_NAMES} names")
         return found

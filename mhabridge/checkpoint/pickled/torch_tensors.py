@@ -51,7 +51,14 @@ REFUSED = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
+# PyTorch writes {"conj": True} or {"neg": True} behind the tensor's other arguments.
+_UNRESOLVED = (
+    "a view whose numbers PyTorch conjugates or negates when it reads them, such as tensor.conj()",
+    "Save tensor.resolve_conj().resolve_neg() instead, or leave it out (--drop).",
+)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class Storage:
     """Where a storage lies.
 
@@ -68,7 +75,7 @@ class Storage:
     extent: Extent
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class StorageId:
     """A persistent id of a storage, taken apart; ``view`` is (key, start, numel) of a part of it, or None."""
 
@@ -105,8 +112,7 @@ def tensor(node: Made, storage_of: Callable[[Node], Storage | str]) -> StoredTen
     args, metadata = node.args[:least], node.args[least:]
     if len(args) < least or len(metadata) > 1:
         return f"{len(node.args)} arguments for a tensor"
-    if any(part is not None and not _is_empty(part) for part in metadata):
-        return "a view that is conjugated or negated when it is read"
+    unreadable = _UNRESOLVED if any(part is not None and not _is_empty(part) for part in metadata) else None
     storage = storage_of(args[0])
     if isinstance(storage, str):
         return storage
@@ -119,7 +125,8 @@ def tensor(node: Made, storage_of: Callable[[Node], Storage | str]) -> StoredTen
     if len(shape) != len(strides):
         return f"{len(strides)} strides for {len(shape)} axes"
     steps = None if in_order(shape, strides) else strides
-    return StoredTensor("", dtype, shape, (storage.extent,), f"storage {storage.key}", start, steps)
+    storage_name = f"storage {storage.key}"
+    return StoredTensor("", dtype, shape, (storage.extent,), storage_name, start, steps, unreadable=unreadable)
 
 
 def in_order(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:

@@ -20,7 +20,8 @@ from mhabridge.checkpoint.storage.streams import DAMAGED, ByteStream
 from mhabridge.errors import CheckpointError
 
 MAX_DEPTH = 60  # of dicts, lists and modules in each other
-MAX_STEPS = 5_000_000  # records looked at in all, each as often as it is
+MAX_STEPS = 5_000_000  # records looked at in all, each as often as it is; more in a pickle of many operations
+_STEPS_EACH = 3
 
 MEGENGINE_TENSORS = ("megengine.tensor.Parameter", "megengine.tensor.Tensor")
 MAX_KEY = 2**60  # Python's hashes of larger integers can be made to collide, which takes quadratic time
@@ -78,6 +79,10 @@ class Interpreter:
         """An error about one entry."""
         subject = f"{self.path}: {where}" if where else str(self.path)
         return CheckpointError(subject, given=given, expected=expected, advice=advice)
+
+    def allow(self, operations: int) -> None:
+        """As many steps as a pickle of so many operations takes, each of which makes one record at most."""
+        self._steps = max(self._steps, _STEPS_EACH * operations)
 
     def step(self, cost: int = 1) -> None:
         """Counts one look at a record, or several.

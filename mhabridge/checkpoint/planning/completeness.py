@@ -99,7 +99,7 @@ def require_fits(found: Misfit) -> None:
             given=f"{len(found.missing)} names of the target without a tensor, "
             f"{len(found.unexpected)} tensors without a name{both}",
             expected="every name of the target filled, and no other",
-            advice="Use --rename, --drop or --allow-missing.",
+            advice=prefix_advice(found.missing, found.unexpected) or "Use --rename, --drop or --allow-missing.",
         )
     for name, (shape, wanted) in found.mismatched.items():
         raise WeightsError(
@@ -108,3 +108,19 @@ def require_fits(found: Misfit) -> None:
             expected=f"shape {wanted} in the target",
             advice="Nothing is reshaped to fit. If it is another kind of layer than it was taken for, use --kind.",
         )
+
+
+def prefix_advice(missing: Sequence[str], unexpected: Sequence[str]) -> str:
+    """How to rename when all names differ by the same prefix; empty when they do not.
+
+    Example:
+        >>> prefix_advice(["fc.bias", "fc.weight"], ["module.fc.bias", "module.fc.weight"])
+        "All differ by 'module.': use the rule 'module.*=*' (rename, --rename)."
+    """
+    for shorter, longer, swapped in ((missing, unexpected, False), (unexpected, missing, True)):
+        first = next(iter(longer), "")
+        start = next((first[: -len(name)] for name in shorter if name and first.endswith(f".{name}")), "")
+        if start and {start + name for name in shorter} == set(longer):
+            rule = f"*={start}*" if swapped else f"{start}*=*"
+            return f"All differ by {start!r}: use the rule {rule!r} (rename, --rename)."
+    return ""

@@ -5,6 +5,7 @@ Which of its keys mean what is data: ``[config]`` in mappings/layouts.toml.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Iterator, Mapping
 from fnmatch import fnmatchcase
@@ -16,17 +17,102 @@ from mhabridge.checkpoint.storage import checking
 from mhabridge.errors import ArgumentError, CheckpointError, UnsupportedError
 
 _LARGEST = 4 << 20  # bytes; most have a few kilobytes
+_ADVICE = "Mend or move that file, or give the number of heads: num_heads=..., --num-heads on the command line."
 
 
-def read(checkpoint: Path) -> dict[str, Any]:
-    """The content of config.json in the checkpoint's folder; empty when there is none.
+@dataclasses.dataclass(frozen=True)
+class Configuration:
+    """The config.json beside a checkpoint; without one it states nothing.
 
-    Raises:
-        CheckpointError: it is no JSON.
+    Args:
+        file: where it is, or would be.
+        content: its entries.
+        fault: why it cannot be used: no JSON, no object, or a number of heads that is none.
     """
+
+    file: Path
+    content: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    fault: CheckpointError | None = None
+
+    def num_heads(self) -> int | None:
+        """The number of heads that it states; None when it states none, or two that differ.
+
+        Raises:
+            CheckpointError: it cannot be used.
+
+        Example:
+            >>> Configuration(Path("config.json"), {"n_head": 12}).num_heads()
+            12
+        """
+        if self.fault is not None:
+            raise self.fault
+        found = set(self._stated("num_heads").values())
+        return found.pop() if len(found) == 1 else None
+
+    def require_num_heads(self, prefix: str) -> int:
+        """The number of heads that it states.
+
+        Args:
+            prefix: of the layer, for the message.
+
+        Raises:
+            ArgumentError: it states none, or two that differ.
+            CheckpointError: it cannot be used.
+        """
+        heads = self.num_heads()
+        if heads is not None:
+            return heads
+        said = ", ".join(f"{name}={value}" for name, value in self._stated("num_heads").items())
+        raise ArgumentError(
+            "num_heads",
+            given=f"None, and config.json beside the file says {said or 'nothing of it'}",
+            expected="the number of heads of the layer" + (f" under {prefix}" if prefix else ""),
+            advice="No weight tells it: pass num_heads=..., or --num-heads on the command line.",
+        )
+
+    def misfit(self, prefix: str, embed_dim: int) -> CheckpointError | None:
+        """What it states that a layer of this width cannot have; None when it may be that layer's.
+
+        Example:
+            >>> config = Configuration(Path("config.json"), {"hidden_size": 16, "n_head": 2})
+            >>> config.misfit("attn", 8).given
+            '16, and attn has embed_dim 8'
+        """
+        widths, heads = self._stated("embed_dim"), self._stated("num_heads")
+        wrong = widths if widths and embed_dim not in widths.values() else {}
+        wrong = wrong or {name: count for name, count in heads.items() if embed_dim % count}
+        for name, value in wrong.items():
+            return CheckpointError(
+                f"{self.file}: {name}",
+                given=f"{value}, and {prefix or 'the layer'} has embed_dim {embed_dim}",
+                expected="the configuration of this checkpoint's model",
+                advice=_ADVICE,
+            )
+        return None
+
+    def notes_beside(self, said: int | None, misfit: CheckpointError | None = None) -> list[str]:
+        """What to say of it where the number of heads is known without it.
+
+        Args:
+            said: the number of heads that counts.
+            misfit: what does not fit the layer.
+        """
+        error = self.fault or misfit
+        if error is not None:
+            return [f"{error.subject}: {error.given}; num_heads={said} does not come from there."]
+        other = {name: count for name, count in self._stated("num_heads").items() if count != said}
+        return [f"{self.file}: it has {name}={count}; num_heads={said} is given." for name, count in other.items()]
+
+    def _stated(self, what: str) -> dict[str, int]:
+        """The positive integers that it has under the names of something."""
+        return {name: self.content[name] for name in _words()[what] if _is_count(self.content.get(name))}
+
+
+def read(checkpoint: Path) -> Configuration:
+    """The config.json in a checkpoint's folder."""
     file = checkpoint.parent / "config.json"
     if not file.is_file():
-        return {}
+        return Configuration(file)
     try:
         with file.open("rb") as stream:
             text = stream.read(_LARGEST + 1)
@@ -34,40 +120,22 @@ def read(checkpoint: Path) -> dict[str, Any]:
             raise ValueError(f"more than {_LARGEST} bytes")
         content = checking.json_of(text)
     except (ValueError, OSError) as error:
-        raise CheckpointError(
-            str(file), given=f"no JSON ({error!s:.200})", expected="a model's configuration"
-        ) from error
-    return content if isinstance(content, dict) else {}
+        return Configuration(file, fault=_fault(str(file), f"no JSON ({error!s:.200})"))
+    if not isinstance(content, dict):
+        return Configuration(file, fault=_fault(str(file), f"{_json(content)}, which is no object"))
+    counts = [*_words()["num_heads"], *_words()["key_value_heads"]]
+    wrong = [name for name in counts if content.get(name) is not None and not _is_count(content[name])]
+    if not wrong:
+        return Configuration(file, content)
+    fault = _fault(f"{file}: {wrong[0]}", _json(content[wrong[0]]), "a positive integer")
+    return Configuration(file, content, fault)
 
 
-def num_heads(config: Mapping[str, Any], prefix: str) -> int:
-    """The number of heads that a configuration states.
-
-    Args:
-        config: what ``read`` gave.
-        prefix: of the layer, for the message.
-
-    Raises:
-        ArgumentError: it states none, or two that differ.
-        CheckpointError: what it states is no positive integer.
-
-    Example:
-        >>> num_heads({"n_head": 12}, "h.0.attn")
-        12
-    """
-    found = {name: _count(config, name) for name in _words()["num_heads"] if config.get(name) is not None}
-    if len(set(found.values())) == 1:
-        return next(iter(found.values()))
-    said = ", ".join(f"{name}={value}" for name, value in found.items())
-    raise ArgumentError(
-        "num_heads",
-        given=f"None, and config.json beside the file says {said or 'nothing of it'}",
-        expected="the number of heads of the layer" + (f" under {prefix}" if prefix else ""),
-        advice="No weight tells it: pass num_heads=..., or --num-heads on the command line.",
-    )
+def _fault(subject: str, given: str, expected: str = "a model's configuration") -> CheckpointError:
+    return CheckpointError(subject, given=given, expected=expected, advice=_ADVICE)
 
 
-def require_plain(config: Mapping[str, Any]) -> list[str]:
+def require_plain(config: Configuration) -> list[str]:
     """Refuse a configuration of an attention that MHASpec does not describe.
 
     Args:
@@ -81,35 +149,36 @@ def require_plain(config: Mapping[str, Any]) -> list[str]:
         UnsupportedError: with the key, its value and the reason.
 
     Example:
-        >>> require_plain({"model_type": "bert", "position_embedding_type": "absolute"})
+        >>> require_plain(Configuration(Path("config.json"), {"model_type": "bert"}))
         []
-        >>> require_plain({"text_config": {"rotary_dim": 64}})  # doctest: +ELLIPSIS
-        ['config.json: its text_config has rotary_dim = 64, so that queries and keys are turned by ...
+        >>> require_plain(Configuration(Path("config.json"), {"text_config": {"rotary_dim": 64}}))[0][:46]
+        'config.json: its text_config has rotary_dim = '
     """
-    for name, value, reason in _oddities(config):
+    for name, value, reason in _oddities(config.content):
         raise _not_plain(name, value, reason)
     return [
         f"config.json: its {part} has {name} = {_json(value)}, so that {reason}; a layer of that part is not plain."
-        for part, inner in config.items()
+        for part, inner in config.content.items()
         if isinstance(inner, dict)
         for name, value, reason in _oddities(inner)
     ]
 
 
-def require_own_keys(config: Mapping[str, Any], heads: int) -> None:
+def require_own_keys(config: Configuration, said: int | None = None) -> None:
     """Refuse a configuration in which several heads share a key.
 
     Args:
         config: what ``read`` gave.
-        heads: H.
+        said: H, for a configuration that does not state it.
 
     Raises:
-        CheckpointError: a number of key heads that is no positive integer.
         UnsupportedError: another number than H.
     """
+    heads = said if config.fault is not None else config.num_heads() or said
     for name in _words()["key_value_heads"]:
-        if config.get(name) is not None and _count(config, name) != heads:
-            raise _not_plain(name, config[name], f"with {heads} heads it is grouped-query or multi-query attention")
+        value = config.content.get(name)
+        if heads is not None and _is_count(value) and value != heads:
+            raise _not_plain(name, value, f"with {heads} heads it is grouped-query or multi-query attention")
 
 
 def _not_plain(name: str, value: Any, reason: str) -> UnsupportedError:
@@ -138,16 +207,8 @@ def _counts(rule: Mapping[str, Any], value: Any) -> bool:
     return value in wanted if wanted is not None else value not in rule.get("unless", ())
 
 
-def _count(config: Mapping[str, Any], name: str) -> int:
-    value = config[name]
-    if type(value) is int and value > 0:  # True is an int to Python
-        return value
-    raise CheckpointError(
-        f"config.json: {name}",
-        given=_json(value),
-        expected="a positive integer",
-        advice="Mend the file, or read the tensors with open_tensors and MHAWeights.from_layout.",
-    )
+def _is_count(value: Any) -> bool:
+    return type(value) is int and value > 0  # True is an int to Python
 
 
 def _json(value: Any) -> str:

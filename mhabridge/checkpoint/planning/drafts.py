@@ -6,7 +6,8 @@ Names here are those after the user's rules; entries speak of the source's own n
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from fnmatch import fnmatchcase
 from typing import Any
 
 from mhabridge import packing
@@ -69,19 +70,29 @@ class Draft:
 
     Args:
         file: the open source.
-        rename: the user's rules.
+        rename: the user's rules, as ``renaming.renamer`` takes them.
         prefix: what lies under it is all there is, and loses it before the rules are used.
 
     Raises:
+        ArgumentError: a rule that is none, or that no name fits.
         WeightsError: two tensors get one name, or nothing has such a prefix.
     """
 
-    def __init__(self, file: StoredFile, rename: renaming.Rename, prefix: str = "") -> None:
+    def __init__(self, file: StoredFile, rename: Any = None, prefix: str = "") -> None:
         self.file = file
         below = packing.below(prefix, {name: name for name in file})
         if prefix and not below:
-            raise WeightsError(prefix, given="no tensor with this prefix", expected="one of the file's own prefixes")
-        self.old_names = {new: below[old] for new, old in renaming.renamed(below, rename).items()}
+            near = dict.fromkeys(name[: len(prefix) + 8] for name in renaming.close(f"{prefix}*", file))
+            raise WeightsError(
+                prefix,
+                given="no tensor with this prefix",
+                expected="one of the file's own prefixes",
+                advice=f"Names begin with {', '.join(near)}." if near else "`mhabridge inspect` lists the names.",
+            )
+        rules = list(rename) if isinstance(rename, Iterator) else rename
+        renamed = renaming.renamed(below, renaming.renamer(rules))
+        renaming.require_met(rules, below)
+        self.old_names = {new: below[old] for new, old in renamed.items()}
         self.tensors = {new: file[old] for new, old in self.old_names.items()}
         self.entries: list[Entry] = []
         self.outgoing: list[Outgoing] = []
@@ -98,13 +109,16 @@ class Draft:
         leaf, name = next(iter(leaves.items()))
         return prefix_of(self.old_names[name], leaf) or ""
 
-    def new_paths(self) -> dict[str, str]:
-        """What every path that tensors are left below is after the user's rules, by what it was."""
+    def new_paths(self, paths: Iterable[str]) -> dict[str, str]:
+        """What paths that tensors are left below are after the user's rules, by what they were."""
         found: dict[str, str] = {}
+        known = Paths(paths)
         for new in self.left():
-            before, after = self.old_names[new].split("."), new.split(".")
-            while before and after and before.pop() == after.pop():
-                found.setdefault(".".join(before), ".".join(after))
+            old = self.old_names[new]
+            for path in known.above(old):
+                after = prefix_of(new, old[len(path) + bool(path) :])
+                if after is not None:
+                    found.setdefault(path, after)
         return found
 
     def use(self, names: Iterable[str]) -> None:
@@ -112,7 +126,21 @@ class Draft:
         self._used.update(names)
 
     def drop(self, patterns: Sequence[str]) -> None:
-        """Leave out what the user's patterns name, by old names or new ones."""
+        """Leave out what the user's patterns name, by old names or new ones.
+
+        Raises:
+            ArgumentError: nothing in the file has such a name.
+        """
+        names = dict.fromkeys((*self.tensors, *self.file))
+        entries = [entry.name for entry in self.file.objects]
+        unmet = [
+            pattern
+            for pattern in patterns
+            if not any(fnmatchcase(name, pattern) for name in names)
+            and not any(renaming.matches_entry(name, [pattern]) for name in entries)
+        ]
+        if unmet:
+            raise renaming.nothing("drop", {pattern: pattern for pattern in unmet}, [*names, *entries])
         for name in self.left():
             pattern = renaming.matches(name, patterns) or renaming.matches(self.old_names[name], patterns)
             if pattern is not None:
@@ -159,6 +187,25 @@ def prefix_of(name: str, below: str) -> str | None:
     if name == below:
         return ""
     return name[: -len(below) - 1] if name.endswith(f".{below}") else None
+
+
+class Paths:
+    """Some paths, and which of them a name lies below; a hostile name may have any number of dots.
+
+    Example:
+        >>> list(Paths(["", "a", "a.b", "c"]).above("a.b.weight"))
+        ['', 'a', 'a.b']
+    """
+
+    def __init__(self, paths: Iterable[str]) -> None:
+        self._paths = frozenset(paths)
+        self._lengths = sorted({len(path) for path in self._paths})
+
+    def above(self, name: str) -> Iterator[str]:
+        """Those that a name lies below, the shortest first."""
+        for length in self._lengths:
+            if (length == 0 or name[length : length + 1] == ".") and name[:length] in self._paths:
+                yield name[:length]
 
 
 def by_module(names: Iterable[str]) -> dict[str, dict[str, str]]:

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from mhabridge import layouts, packing
 from mhabridge.checkpoint.planning import configuration
-from mhabridge.checkpoint.planning.drafts import prefix_of
+from mhabridge.checkpoint.planning.drafts import Paths, prefix_of
 from mhabridge.checkpoint.planning.sidecar import Specs, fields_of
 from mhabridge.checkpoint.storage.stored import StoredFile, StoredTensor, shapes_of
 from mhabridge.checkpoint.storage.views import View, parts_of
 from mhabridge.dtypes import FLOATS
-from mhabridge.errors import ArgumentError, CheckpointError, WeightsError
+from mhabridge.errors import ArgumentError, CheckpointError, MHABridgeError, WeightsError
 from mhabridge.spec import MHASpec
 
 
@@ -84,21 +84,32 @@ def find_blocks(
     _require_there(file, specs, {alias for both in aliases.values() for alias in both})
     if not prefixes:
         return []
-    config = configuration.read(file.path)
-    notes = configuration.require_plain(config)
-    finder = _Finder(num_heads, _stated(config))
-    if finder.heads is not None:
-        configuration.require_own_keys(config, finder.heads)
-    return [finder.known_block(prefix, own[prefix], specs, aliases[prefix], notes) for prefix in prefixes]
+    finder = _Finder(num_heads, configuration.read(file.path))
+    notes = finder.require_plain()
+    found = [finder.known_block(prefix, own[prefix], specs, aliases[prefix], notes) for prefix in prefixes]
+    return _fitting(found)
+
+
+def _fitting(found: Sequence[tuple[Block, CheckpointError | None]]) -> list[Block]:
+    """The blocks, unless config.json fits none of those that would take their heads from it."""
+    misfits = [misfit for block, misfit in found if misfit is not None]
+    if misfits and not any(block.heads_known for block, misfit in found):
+        raise misfits[0]
+    return [block if misfit is None else _without_heads(block, misfit) for block, misfit in found]
+
+
+def _without_heads(block: Block, misfit: CheckpointError) -> Block:
+    note = f"{misfit.subject}: {misfit.given}: that layer's number of heads is not taken from there."
+    return dataclasses.replace(block, notes=(*block.notes, note))
 
 
 def _by_prefix(prefixes: Iterable[str], tensors: Mapping[str, StoredTensor]) -> dict[str, dict[str, StoredTensor]]:
     """The tensors below each prefix, by their full names."""
     found: dict[str, dict[str, StoredTensor]] = {prefix: {} for prefix in prefixes}
+    paths = Paths(found)
     for name, tensor in tensors.items():
-        pieces = name.split(".")
-        for depth in range(len(pieces)):
-            found.get(".".join(pieces[:depth]), {})[name] = tensor
+        for prefix in paths.above(name):
+            found[prefix][name] = tensor
     return found
 
 
@@ -138,65 +149,89 @@ def _require_there(file: StoredFile, specs: Specs, prefixes: set[str]) -> None:
             raise specs.stale(f"it speaks of a layer {prefix!r}, and there is none")
 
 
-def _stated(config: dict[str, Any]) -> int | None:
-    """The number of heads that config.json states, if it states one."""
-    try:
-        return configuration.num_heads(config, "")
-    except ArgumentError:
-        return None
-
-
 @dataclasses.dataclass(frozen=True)
 class _Finder:
     """Makes blocks of a checkpoint's tensors.
 
     Args:
         said: the number of heads that the user says.
-        configured: the one that config.json states.
+        config: what lies beside the checkpoint.
     """
 
     said: int | None
-    configured: int | None
+    config: configuration.Configuration
 
-    @property
-    def heads(self) -> int | None:
-        """What is known of all layers' heads."""
-        return self.configured if self.said is None else self.said
+    def require_plain(self) -> list[str]:
+        """Notes on what config.json says of the whole model, which must have plain attention."""
+        notes = configuration.require_plain(self.config)
+        configuration.require_own_keys(self.config, self.said)
+        return notes if self.said is None else notes + self.config.notes_beside(self.said)
 
     def known_block(
         self, prefix: str, own: Mapping[str, StoredTensor], specs: Specs, aliases: tuple[str, ...], notes: list[str]
-    ) -> Block:
-        """The layer under a prefix, made of tensors below it."""
+    ) -> tuple[Block, CheckpointError | None]:
+        """The layer under a prefix, made of tensors below it; and why config.json does not tell its heads."""
         known = specs.of(*aliases)
+        stated = known.pop("num_heads", None)
+        said = list(notes)
+        if None not in (stated, self.said) and stated != self.said:
+            said.append(f"{prefix}: num_heads={self.said} is given, and what is known of the layer says {stated}.")
         try:
-            return self._block(prefix, own, known, notes)
+            return self._told(prefix, own, known, stated if self.said is None else self.said, said)
         except (ArgumentError, WeightsError) as error:
             wrong_heads = isinstance(error, ArgumentError) and self.said is not None
             if wrong_heads or not specs.travelling(*aliases):
-                raise
+                raise _of_layer(prefix, error) from error
             raise specs.stale(str(error)) from error
 
-    def _block(self, prefix: str, own: Mapping[str, StoredTensor], known: dict[str, Any], notes: list[str]) -> Block:
-        said = list(notes)
-        heads, layout = self._heads(prefix, known, said), known.pop("layout", None)
+    def _told(
+        self, prefix: str, own: Mapping[str, StoredTensor], known: dict[str, Any], heads: int | None, notes: list[str]
+    ) -> tuple[Block, CheckpointError | None]:
+        """The layer with so many heads; where they are not known, with as many as config.json states, if it fits."""
+        if heads is None and self.config.num_heads() is not None:
+            return self._configured(prefix, own, known, notes)
+        block = self._block(prefix, own, known, heads, notes)
+        misfit = self.config.misfit(prefix, block.spec.embed_dim)
+        beside = self.config.notes_beside(heads, misfit) if misfit or self.config.fault else []
+        return dataclasses.replace(block, notes=tuple(dict.fromkeys((*block.notes, *beside)))), None
+
+    def _configured(
+        self, prefix: str, own: Mapping[str, StoredTensor], known: dict[str, Any], notes: list[str]
+    ) -> tuple[Block, CheckpointError | None]:
+        """The layer with the heads that config.json states; else without, and why."""
+        try:
+            block = self._block(prefix, own, known, self.config.num_heads(), notes)
+        except ArgumentError:
+            block = self._block(prefix, own, known, None, notes)  # raises if the heads are not what is wrong
+        misfit = self.config.misfit(prefix, block.spec.embed_dim)
+        if misfit is None:
+            return block, None
+        return dataclasses.replace(block, spec=block.spec.replace(num_heads=1), heads_known=False), misfit
+
+    def _block(
+        self, prefix: str, own: Mapping[str, StoredTensor], known: dict[str, Any], heads: int | None, notes: list[str]
+    ) -> Block:
+        said, fields = list(notes), dict(known)
+        layout = fields.pop("layout", None)
         if layout is None:
-            layout = layouts.recognise(shapes_of(own), prefix, **known).layout
+            layout = layouts.recognise(shapes_of(own), prefix, **fields).layout
         # What else lies there is not the layer's, and is carried like any tensor: recognising has refused what may be.
         own_names = {packing.join(prefix, tensor.name) for tensor in packing.find(layout).tensors}
         own = {name: tensor for name, tensor in own.items() if name in own_names}
         dtype = _dtype(prefix, list(own.values()))
         spec = layouts.spec_from_shapes(
-            layout, shapes_of(own), 1 if heads is None else heads, prefix, said, **{**known, "dtype": dtype}
+            layout, shapes_of(own), 1 if heads is None else heads, prefix, said, **{**fields, "dtype": dtype}
         )
         views = parts_of(packing.find(layout), spec, packing.below(prefix, own))
         return Block(prefix, layout, spec, heads is not None, tuple(own), views, tuple(said))
 
-    def _heads(self, prefix: str, known: dict[str, Any], notes: list[str]) -> int | None:
-        """What the user says, else what is known of this layer, else what config.json states."""
-        own: int | None = known.pop("num_heads", None)
-        if None not in (own, self.said) and own != self.said:
-            notes.append(f"{prefix}: num_heads={self.said} is given, and what is known of the layer says {own}.")
-        return next((heads for heads in (self.said, own, self.configured) if heads is not None), None)
+
+def _of_layer(prefix: str, error: ArgumentError | WeightsError) -> MHABridgeError:
+    """The error, which says of which layer it speaks."""
+    if prefix in str(error):
+        return error
+    subject = f"{prefix}: {error.subject}"
+    return type(error)(subject, given=error.given, expected=error.expected, advice=error.advice)
 
 
 def _dtype(prefix: str, tensors: list[StoredTensor]) -> str:

@@ -60,11 +60,9 @@ class Reading:
         outputs = self.sizes["O"] if open_groups and self.sizes.get("I") == 1 else 0
         return outputs if outputs > 1 else 0
 
-    def possible_groups(self) -> list[int]:
-        """The numbers of groups above 1 that a convolution in unknown groups may have."""
-        if not self.grouped or "G" in self.sizes:
-            return []
-        return [groups for groups in range(2, self.sizes["O"] + 1) if self.sizes["O"] % groups == 0]
+    def may_have(self, groups: int) -> bool:
+        """Whether it is a convolution in unknown groups that may be so many, and more than one."""
+        return self.grouped and "G" not in self.sizes and groups > 1 and self.sizes["O"] % groups == 0
 
     def in_dialect(self, dialect: str, groups: int = 1) -> dict[str, tuple[str, Shape]]:
         """Name and shape of each part in a framework, by its canonical name; parts that it has not are left out.

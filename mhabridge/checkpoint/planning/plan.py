@@ -10,19 +10,19 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mhabridge import layouts, mapping
-from mhabridge.checkpoint.planning import completeness, modules, renaming, sidecar
+from mhabridge import layouts, mapping, packing
+from mhabridge.checkpoint.planning import completeness, modules, origins, renaming, sidecar
 from mhabridge.checkpoint.planning.drafts import Check as Check
 from mhabridge.checkpoint.planning.drafts import Draft, Shape
 from mhabridge.checkpoint.planning.drafts import Entry as Entry
 from mhabridge.checkpoint.planning.layers import Block, find_blocks, incomplete
 from mhabridge.checkpoint.planning.origins import Dialect, dialect, source_dialects
-from mhabridge.checkpoint.planning.plan_attention import plan_attention
+from mhabridge.checkpoint.planning.plan_attention import drop_in, holds, plan_attention
 from mhabridge.checkpoint.planning.plan_layers import LayerPlanner
 from mhabridge.checkpoint.planning.transformer_parts import transformer_parts
 from mhabridge.checkpoint.storage.stored import StoredFile
 from mhabridge.checkpoint.storage.writing import Outgoing
-from mhabridge.errors import ArgumentError, CheckpointError, MHABridgeError
+from mhabridge.errors import ArgumentError, ArgumentTypeError, CheckpointError, MHABridgeError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +43,9 @@ class Options:
         names_of: the target's real names and shapes; None when they are not known.
         exact: whether ``names_of`` must be filled exactly; else the caller looks at what is not.
         prefix: take only what lies under it; names lose it before the rules for names are used.
+
+    Raises:
+        ArgumentTypeError: patterns, kinds or a prefix that are none.
     """
 
     to: str | None = None
@@ -57,6 +60,16 @@ class Options:
     names_of: Mapping[str, Shape] | None = None
     exact: bool = True
     prefix: str = ""
+
+    def __post_init__(self) -> None:
+        for name in ("drop", "allow_missing"):
+            object.__setattr__(self, name, renaming.patterns(name, getattr(self, name)))
+        if not isinstance(self.kinds, Mapping) or not all(isinstance(one, str) for one in self.kinds.values()):
+            raise ArgumentTypeError(
+                "kinds", given=f"{self.kinds!r:.80}", expected="a mapping from patterns of paths to kinds"
+            )
+        if not isinstance(self.prefix, str):
+            raise ArgumentTypeError("prefix", given=f"{self.prefix!r:.80}", expected="a string; '' is the whole file")
 
     @property
     def may_be_missing(self) -> tuple[str, ...]:
@@ -99,7 +112,13 @@ def make(file: StoredFile, options: Options) -> Plan:
         UnsupportedError: attention that is no plain multi-head attention, or that the target cannot hold.
         WeightsError: a tensor that would be lost, or a name that would be filled twice or not at all.
     """
-    draft = Draft(file, renaming.renamer(options.rename), options.prefix)
+    if options.allow_missing and options.names_of is None:
+        raise ArgumentError(
+            "allow_missing",
+            given=", ".join(map(repr, options.allow_missing)) + ", without the target's own names",
+            expected="names_of too (--names-of): only then is it known what is missing",
+        )
+    draft = Draft(file, options.rename, options.prefix)
     draft.drop(options.drop)
     if options.to is None:
         blocks, specs = _keep(draft, options)
@@ -130,7 +149,8 @@ def _keep(draft: Draft, options: Options) -> tuple[list[Block], str | None]:
                 advice="Without one (--to) all names and layouts stay as they are.",
             )
     specs = sidecar.known(draft.file)
-    moved = None if specs.where is None else specs.moved(draft.new_paths()).dumped()
+    known = [*specs.by_prefix, *specs.kinds]
+    moved = None if specs.where is None else specs.moved(draft.new_paths(known)).dumped()
     for name, tensor in draft.left().items():
         draft.carry(name, name, tensor.shape, "unchanged")
     return [], moved
@@ -138,17 +158,24 @@ def _keep(draft: Draft, options: Options) -> tuple[list[Block], str | None]:
 
 def _translate(draft: Draft, options: Options, to: Dialect) -> tuple[list[Block], str | None]:
     file = draft.file
+    if options.layout is not None:
+        origins.require_known(*mapping.parse_name(options.layout), "layout")
     specs = sidecar.known(file, options.spec)
     blocks = find_blocks(file, draft.left(), specs, options.num_heads, draft.old_names)
-    layouts_of = {block.prefix: options.layout or _layout_at(block.prefix, to, options.names_of) for block in blocks}
+    layouts_of = {block.prefix: options.layout or _layout_at(block, to, options.names_of) for block in blocks}
     for block in blocks:
         plan_attention(draft, block, layouts_of[block.prefix])
+        if layouts_of[block.prefix] == drop_in(to.framework):
+            title = packing.find(layouts_of[block.prefix]).title
+            where = block.prefix or "the layer"
+            draft.notes.append(f"{where}: {to.framework}'s own layer has no such parameters; this is the {title}.")
         draft.notes.extend(block.notes)
     draft.notes += incomplete(draft.left())
     layers = LayerPlanner(
         draft, to, source_dialects(file, specs, options.source), specs, options.kinds, options.names_of
     )
     layers.plan(transformer_parts([block.prefix for block in blocks], draft.tensors, to))
+    draft.notes += origins.notes_on_dtypes(to, [(one.name, one.dtype) for one in draft.in_order()])
     if all(entry.unchanged for entry in draft.filled()):
         draft.notes.append(f"The file has {to}'s names and layouts already: every tensor stays as it is.")
     known = {block.prefix: block.facts(layouts_of[block.prefix]) for block in blocks}
@@ -156,15 +183,20 @@ def _translate(draft: Draft, options: Options, to: Dialect) -> tuple[list[Block]
     return blocks, made.dumped() if known or layers.left_open else None
 
 
-def _layout_at(prefix: str, to: Dialect, wanted: Mapping[str, Shape] | None) -> str:
-    """The layout of an attention layer in the target: the framework's own, unless its names say another."""
-    if not wanted:
-        return to.attention_layout
+def _layout_at(block: Block, to: Dialect, wanted: Mapping[str, Shape] | None) -> str:
+    """The layout of an attention layer in the target: the framework's own, unless its names say another.
+
+    Our drop-in's, where the framework's own layer cannot hold it.
+    """
+    own = to.attention_layout
     try:
-        found = layouts.recognise(wanted, prefix).layout
+        found = layouts.recognise(wanted, block.prefix).layout if wanted else own
     except MHABridgeError:  # none of a layout: those that the framework's own has will be missing
-        return to.attention_layout
-    return to.attention_layout if found in mapping.FRAMEWORKS else found
+        found = own
+    if found not in (own, *mapping.FRAMEWORKS):
+        return found
+    other = drop_in(to.framework)
+    return own if other is None or holds(own, block.spec) or not holds(other, block.spec) else other
 
 
 def _require_fits(
@@ -176,17 +208,23 @@ def _require_fits(
         draft.notes.append(f"{name}: not in the source; allowed by {pattern}")
 
 
-def require_inert_allowed(file: StoredFile, ignore_objects: bool) -> list[str]:
+def require_inert_allowed(file: StoredFile, ignore_objects: bool, drop: Sequence[str] = ()) -> list[str]:
     """Notes on entries that would take code to make; they are refused unless the user says to leave them out.
+
+    Args:
+        file: the source.
+        ignore_objects: all of them are left out.
+        drop: patterns of those that are left out.
 
     Raises:
         CheckpointError: there are such entries.
     """
     odd = [entry for entry in file.objects if entry.inert]
-    if odd and not ignore_objects:
-        names = ", ".join(dict.fromkeys(name for entry in odd for name in entry.inert))
+    kept = [entry for entry in odd if renaming.matches_entry(entry.name, drop) is None]
+    if kept and not ignore_objects:
+        names = ", ".join(dict.fromkeys(name for entry in kept for name in entry.inert))
         raise CheckpointError(
-            f"{file.path}: {', '.join(entry.name for entry in odd[:8])}",
+            f"{file.path}: {', '.join(entry.name for entry in kept[:8])}",
             given=f"objects that would have to be made by {names}",
             expected="tensors and plain data",
             advice="Nothing in a file is executed. --ignore-objects leaves them out and lists them.",

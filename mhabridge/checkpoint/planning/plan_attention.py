@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from mhabridge import packing
+from mhabridge import mapping, packing
 from mhabridge.checkpoint.planning.drafts import Check, Draft, Shape
 from mhabridge.checkpoint.planning.layers import Block
 from mhabridge.checkpoint.storage import views
 from mhabridge.checkpoint.storage.comparing import all_zero
 from mhabridge.checkpoint.storage.stored import StoredTensor
-from mhabridge.errors import WeightsError
+from mhabridge.errors import UnsupportedError, WeightsError
 from mhabridge.packing import Layout, Tensor
+from mhabridge.spec import MHASpec
 
 
 def plan_attention(draft: Draft, block: Block, layout_name: str) -> None:
@@ -23,16 +24,49 @@ def plan_attention(draft: Draft, block: Block, layout_name: str) -> None:
     """
     layout, start = packing.find(layout_name), packing.find(block.layout)
     _require_zeros(draft, block, start)
-    filled, holders = layout.filled(block.spec), _holders(block, start)
+    active, filled, holders = _active(layout, block), layout.filled(block.spec), _holders(block, start)
     rule = f"attention: {block.layout} -> {layout.name}"
     if start.tensors == layout.tensors and not filled.keys() ^ start.filled(block.spec).keys():
         rule = f"attention: {layout.name}, as it is"
-    for tensor, parts in layout.active(block.spec):
+    for tensor, parts in active:
         zeros = [part for part in parts if part in filled]
         more = f"; zeros for {', '.join(zeros)}, which it cannot be without" if zeros else ""
         sources = list(dict.fromkeys(holders[part] for part in parts if part in holders))
         _fill(draft, block, tensor, parts, filled, sources or list(block.names[:1]), rule + more)
     draft.use(block.names)
+
+
+def holds(layout_name: str, spec: MHASpec) -> bool:
+    """Whether a layout has a place for all parameters of a layer.
+
+    Example:
+        >>> [holds("megengine", MHASpec(4, 2, add_bias_kv=also)) for also in (False, True)]
+        [True, False]
+    """
+    try:
+        return bool(packing.find(layout_name).active(spec))
+    except UnsupportedError:
+        return False
+
+
+def drop_in(framework: str) -> str | None:
+    """The layout of our drop-in, where it holds more than the framework's own layer.
+
+    Example:
+        >>> drop_in("megengine"), drop_in("torch")
+        ('megengine-dropin', None)
+    """
+    found: str | None = mapping.table("layouts")["drop_ins"].get(framework)
+    return found
+
+
+def _active(layout: Layout, block: Block) -> list[tuple[Tensor, dict[str, Shape]]]:
+    """The tensors of the layout, each with the parameters that it holds; an error says of which layer it speaks."""
+    try:
+        return layout.active(block.spec)
+    except UnsupportedError as error:
+        said = f"{block.prefix or 'the attention layer'}: {error.subject}"
+        raise UnsupportedError(said, given=error.given, expected=error.expected, advice=error.advice) from error
 
 
 def _holders(block: Block, start: Layout) -> dict[str, str]:

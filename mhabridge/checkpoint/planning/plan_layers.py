@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from fnmatch import fnmatchcase
 
-from mhabridge.checkpoint.planning import kinds, modules
+from mhabridge.checkpoint.planning import kinds, modules, renaming
 from mhabridge.checkpoint.planning.drafts import Draft, Shape, by_module
 from mhabridge.checkpoint.planning.kinds import Choice
 from mhabridge.checkpoint.planning.origins import Dialect
@@ -42,6 +42,7 @@ class LayerPlanner:
         self.wanted = None if wanted is None else _by_path(wanted)
         self.left_open: dict[str, str] = {}  # layers whose kind the target's own names and shapes do not tell
         self._matched: set[str] = set()
+        self._paths: list[str] = []
         self._doubtful: dict[str, list[str]] = {}
 
     def plan(self, parts: Mapping[str, str]) -> None:
@@ -55,7 +56,9 @@ class LayerPlanner:
             CheckpointError: a layer with several readings.
             UnsupportedError: a layer that the target's framework does not have.
         """
-        for path, names in by_module(self.draft.left()).items():
+        layers = by_module(self.draft.left())
+        self._paths = list(layers)
+        for path, names in layers.items():
             # mindspore.mint has no transformer layers: a model has those of mindspore.nn, with its norms.
             dialect = self.to.framework if path in parts else self.to.name
             new_path = parts.get(path, path)
@@ -70,35 +73,35 @@ class LayerPlanner:
     def _require_matched(self) -> None:
         unused = [pattern for pattern in self.said if pattern not in self._matched]
         if unused:
+            near = dict.fromkeys(path for pattern in unused for path in renaming.close(pattern, self._paths))
             raise ArgumentError(
                 "kinds",
                 given=", ".join(map(repr, unused)),
                 expected="patterns of paths of layers, such as 'encoder.*.dw'",
-                advice="No layer that could be of this kind has such a path.",
+                advice="No layer that could be of this kind has such a path."
+                + f" Close to it: {', '.join(near)}." * bool(near),
             )
 
     def _layer(self, path: str, names: Mapping[str, str], dialect: str, start: str) -> None:
         own = shapes_of({leaf: self.draft.tensors[name] for leaf, name in names.items()})
         found = modules.readings(own, self.dialects)
-        if not found:
-            for leaf, name in names.items():
-                self.draft.carry(name, name, own[leaf], "unchanged: no known kind of layer")
-            return
         wanted = None if self.wanted is None else self.wanted.get(start.rstrip("."), {})
         dialect = kinds.fitting_dialect(found, dialect, wanted)
         recorded = self.specs.kinds.get(self.draft.old_path(names))
         choice = self._choice(path, found, dialect, wanted, recorded)
+        if choice is None:
+            for leaf, name in names.items():
+                self.draft.carry(name, name, own[leaf], "unchanged: no known kind of layer")
+            return
         written = choice.written(dialect)
         for leaf, part in choice.reading.parts.items():
             if part in written:
                 native, shape = written[part]
-                self.draft.carry(names[leaf], start + native, shape, choice.reading.kind)
+                self.draft.carry(names[leaf], start + native, shape, choice.rule)
             else:
                 self.draft.leave_out(names[leaf], f"{choice.reading.kind}: {dialect} has no {part}")
         if choice.others:
-            told = (
-                f"read as {choice.reading.kind}; by names and shapes it could be {' or '.join(choice.others)} (--kind)"
-            )
+            told = f"read as {choice}; by names and shapes it could be {' or '.join(choice.others)} (--kind)"
             self._doubtful.setdefault(told, []).append(path)
         self._remember(start.rstrip("."), choice, dict(written.values()))
 
@@ -109,16 +112,24 @@ class LayerPlanner:
         dialect: str,
         wanted: Mapping[str, Shape] | None,
         recorded: str | None,
-    ) -> Choice:
-        possible = {reading.kind for reading in found}
+    ) -> Choice | None:
+        """The reading that holds; None for a layer of no known kind."""
+        possible = {*(reading.kind for reading in found), kinds.UNKNOWN}
         said = self._said(path, possible)
+        if said is None and recorded is not None and recorded.partition(":")[0] not in possible:
+            raise self.specs.stale(f"it says that {path} is a {recorded}, and its tensors are none of one")
+        if kinds.UNKNOWN in (said, recorded if said is None else None):
+            self.left_open.update({path: kinds.UNKNOWN} if found else {})
+            return None
         if said is not None:
             return kinds.stated(path, found, said, dialect)
         if recorded is not None:
-            if recorded.partition(":")[0] not in possible:
-                raise self.specs.stale(f"it says that {path} is a {recorded}, and its tensors are none of one")
-            return kinds.stated(path, found, recorded, dialect)
-        return kinds.decide(path, found, dialect, wanted)
+            try:
+                return kinds.of_record(path, found, recorded, dialect, wanted)
+            except ArgumentError as error:
+                raise self.specs.stale(str(error)) from error
+        found = kinds.not_ruled_out(path, found)
+        return kinds.decide(path, found, dialect, wanted) if found else None
 
     def _said(self, path: str, possible: Collection[str]) -> str | None:
         """What the user says of a layer: of this path, else by a pattern, which concerns only what it can be."""
@@ -136,7 +147,7 @@ class LayerPlanner:
     def _remember(self, path: str, choice: Choice, written: Mapping[str, Shape]) -> None:
         alike = modules.of_framework(self.to.framework)
         if len({reading.kind for reading in modules.readings(written, alike)}) > 1:
-            self.left_open[path] = str(choice)
+            self.left_open[path] = choice.recorded
 
 
 def _by_path(wanted: Mapping[str, Shape]) -> dict[str, dict[str, Shape]]:

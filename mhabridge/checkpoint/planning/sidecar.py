@@ -149,10 +149,13 @@ def _parsed(text: str, where: str) -> Specs:
 
 def _checked(fields: Mapping[str, Any]) -> dict[str, Any]:
     """The fields as MHASpec has them, num_heads among them only if it is known."""
-    layout = packing.find(fields["layout"]).name
+    found = packing.find(fields["layout"])
+    if found.refused:
+        raise ValueError(f"the layout {found.name}, in which nothing is written")
+    layout = found.name
     given = {name: value for name, value in fields.items() if name not in ("layout", "num_heads")}
     spec = MHASpec.from_dict({**given, "num_heads": fields.get("num_heads", 1)})
-    found = {**fields_of(spec), "layout": layout}
+    known = {**fields_of(spec), "layout": layout}
     if "num_heads" not in fields:
-        del found["num_heads"]
-    return found
+        del known["num_heads"]
+    return known

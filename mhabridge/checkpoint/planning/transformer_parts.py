@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
 from mhabridge import mapping
+from mhabridge.checkpoint.planning.drafts import Paths
 from mhabridge.checkpoint.planning.origins import Dialect
 
 # The children of a transformer layer as PyTorch names them: with other ones it is somebody's own layer.
@@ -27,9 +28,11 @@ def transformer_parts(prefixes: Iterable[str], names: Iterable[str], to: Dialect
         ('a.dense1', 'a.norm1')
     """
     children: dict[str, set[str]] = {prefix.rpartition(".")[0]: set() for prefix in prefixes}
+    paths = Paths(children)
     for name in names:
-        for parent, child in _steps(name):
-            if parent in children:
+        for parent in paths.above(name):
+            child, dot, _ = name[len(parent) + bool(parent) :].partition(".")
+            if dot:  # else it is a tensor of the layer itself
                 children[parent].add(child)
     canonical, own = _canonical_names(), _own_names(to)
     return {
@@ -38,13 +41,6 @@ def transformer_parts(prefixes: Iterable[str], names: Iterable[str], to: Dialect
         if {canonical.get(child, child) for child in found} in (_ENCODER_LAYER, _DECODER_LAYER)
         for child in found
     }
-
-
-def _steps(name: str) -> Iterator[tuple[str, str]]:
-    """Each path that a tensor lies below, and the next part of its name there."""
-    pieces = name.split(".")
-    for depth in range(len(pieces) - 1):
-        yield ".".join(pieces[:depth]), pieces[depth]
 
 
 def _path(parent: str, child: str) -> str:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 
 from mhabridge.checkpoint.formats.scalars import as_tensor
 from mhabridge.checkpoint.planning.drafts import Check
-from mhabridge.checkpoint.storage.blocks import Scratch
+from mhabridge.checkpoint.storage import checksums
+from mhabridge.checkpoint.storage.checksums import Checksum, Running
 from mhabridge.checkpoint.storage.comparing import all_zero, same_bits
+from mhabridge.checkpoint.storage.parallel import WORTH_A_THREAD, Stopped, Workers
 from mhabridge.checkpoint.storage.stored import StoredFile, StoredObject
 from mhabridge.checkpoint.storage.writing import Outgoing
 
@@ -18,8 +21,10 @@ def fault(
     outgoing: Sequence[Outgoing],
     checks: Sequence[Check],
     objects: Sequence[StoredObject] = (),
+    workers: int = 1,
+    progress: Callable[[int], None] | None = None,
 ) -> str | None:
-    """What is wrong with a target; None when nothing is.
+    """What is wrong with a target; None when nothing is. The source's own checksums are looked at on the way.
 
     Args:
         source: what was converted.
@@ -27,32 +32,106 @@ def fault(
         outgoing: the tensors that it must have, and no other.
         checks: what holds them against the source.
         objects: the entries that it must have, and that are no tensors.
+        workers: threads that compare.
+        progress: called with the number of bytes that were just compared, from any of the threads.
 
     Raises:
-        CheckpointError: a file cannot be read.
+        CheckpointError: a file cannot be read; ``checksums.SumError`` when it is the source that is damaged.
     """
     holders = {name: file for file in written for name in file}
+    wrong = _other_tensors(written, holders, outgoing, objects) or _other_objects(written, holders, objects)
+    if wrong is not None:
+        return wrong
+    comparison = _Comparison(source, holders, workers, progress or (lambda count: None))
+    try:
+        comparison.run(checks)
+    except _Different as different:
+        return f"{different}: other numbers than the source's"
+    return None
+
+
+def _other_tensors(
+    written: Sequence[StoredFile],
+    holders: Mapping[str, StoredFile],
+    outgoing: Sequence[Outgoing],
+    objects: Sequence[StoredObject],
+) -> str | None:
     if sum(map(len, written)) != len(holders):
         return "a tensor is in two files"
     found = {name: (file[name].dtype, file[name].shape) for name, file in holders.items()}
-    scalar = [
-        one for one in map(as_tensor, objects) if one is not None and one.name in found
-    ]  # formats of tensors only
-    wanted = {one.name: (one.dtype, one.shape) for one in [*outgoing, *scalar]}
+    wanted = {one.name: (one.dtype, one.shape) for one in [*outgoing, *_scalars(holders, objects)]}
     different = sorted(name for name in found.keys() | wanted.keys() if found.get(name) != wanted.get(name))
-    if different:
-        return f"{', '.join(different[:8])}: missing, unexpected, or of another dtype or shape"
+    return f"{', '.join(different[:8])}: missing, unexpected, or of another dtype or shape" if different else None
+
+
+def _other_objects(
+    written: Sequence[StoredFile], holders: Mapping[str, StoredFile], objects: Sequence[StoredObject]
+) -> str | None:
     kept = {entry.name: repr(entry.value) for file in written for entry in file.objects}
-    kept.update({one.name: repr(holders[one.name].read(one.name).item()) for one in scalar})
+    kept.update({one.name: repr(holders[one.name].read(one.name).item()) for one in _scalars(holders, objects)})
     lost = [entry.name for entry in objects if kept.get(entry.name) != repr(entry.value)]
-    if lost:
-        return f"{', '.join(lost[:8])}: missing, or another value"
-    scratch = Scratch()
-    wrong = (one.target for one in checks if not _holds(source, holders, one, scratch))
-    return next((f"{name}: other numbers than the source's" for name in wrong), None)
+    return f"{', '.join(lost[:8])}: missing, or another value" if lost else None
 
 
-def _holds(source: StoredFile, holders: Mapping[str, StoredFile], check: Check, scratch: Scratch) -> bool:
-    file = holders[check.target]
-    view = check.view_of(file[check.target])
-    return all_zero(file, view) if check.source is None else same_bits(source, check.source, file, view, scratch)
+def _scalars(holders: Mapping[str, StoredFile], objects: Sequence[StoredObject]) -> list[Outgoing]:
+    """The entries that formats of tensors only keep as tensors."""
+    return [one for one in map(as_tensor, objects) if one is not None and one.name in holders]
+
+
+class _Comparison:
+    """Compares tensor after tensor, large ones on other threads."""
+
+    def __init__(
+        self, source: StoredFile, holders: Mapping[str, StoredFile], count: int, progress: Callable[[int], None]
+    ) -> None:
+        self._source, self._holders, self._count, self._progress = source, holders, count, progress
+        kept = checksums.kept_by(source)
+        self._files_sums = [one for one in kept if one in source.checksums]
+        self._sums = {one.parts: one for one in kept if one not in source.checksums}
+
+    def run(self, checks: Sequence[Check]) -> None:
+        with Workers(self._count) as workers:
+            for check in checks:
+                checksum = self._covered(check)
+                if check.source is None or check.source.nbytes < WORTH_A_THREAD:
+                    self._compare(check, checksum, workers)
+                else:
+                    workers.give(functools.partial(self._compare, check, checksum, workers))
+            for left in [*self._sums.values(), *self._files_sums]:
+                workers.give(functools.partial(self._sum_up, left, workers))
+
+    def _covered(self, check: Check) -> Checksum | None:
+        """The checksum of just what a check reads, in order: then nothing is read twice."""
+        tensor = check.source
+        if tensor is None or not tensor.checksum or not tensor.plain:
+            return None
+        parts = tuple(tensor.plain_extents())
+        return self._sums.pop(parts, None) if parts == tensor.extents else None
+
+    def _sum_up(self, checksum: Checksum, workers: Workers) -> None:
+        checksums.require(self._source, checksum, workers.scratch)
+
+    def _compare(self, check: Check, checksum: Checksum | None, workers: Workers) -> None:
+        file = self._holders[check.target]
+        view = check.view_of(file[check.target])
+        if check.source is None:
+            if not all_zero(file, view):
+                raise _Different(check.target)
+            return
+        running = Running(checksum) if checksum else None
+
+        def watch(piece: memoryview) -> None:
+            if workers.stopped:
+                raise Stopped
+            if running is not None:
+                running.add(piece)
+            self._progress(len(piece))
+
+        if not same_bits(self._source, check.source, file, view, workers.scratch, watch):
+            raise _Different(check.target)
+        if running is not None:
+            running.require(self._source)
+
+
+class _Different(Exception):
+    """A tensor that is not the source's."""

@@ -6,15 +6,17 @@ import collections
 import contextlib
 import json
 import os
-import stat
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from mhabridge.checkpoint.storage.regular import open_regular
 from mhabridge.checkpoint.storage.stored import StoredFile, StoredObject
 from mhabridge.errors import CheckpointError
 
 MOST_TENSORS = 250_000  # in one checkpoint: more than twice as many as the largest models have
+LONGEST_NAME = 60_000  # bytes; archives have room for 65,535, pickles are read to 65,536
+_MOST_LETTERS = 16 << 20  # of all names together; an index of as many bytes as that has letters is read
 _MOST_COMMAS = 8 * MOST_TENSORS  # in a JSON text: seven for a tensor of three axes in a safetensors header
 _MOST_AXES = 64  # as NumPy 2; the product of many lengths could otherwise take any time
 _LONGEST = 2**62
@@ -27,21 +29,8 @@ def opened(path: Path) -> Iterator[int]:
     Raises:
         CheckpointError: it is missing, a folder, a pipe, or cannot be read.
     """
+    descriptor = open_regular(path)
     try:
-        # A pipe without a writer would make a blocking open wait for ever.
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
-    except (OSError, ValueError) as error:  # ValueError: NUL in the path
-        raise CheckpointError(
-            str(path), given=_found(error), expected="a checkpoint file", advice="Check the path."
-        ) from error
-    try:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise CheckpointError(
-                str(path),
-                given="a folder" if path.is_dir() else "no regular file",
-                expected="a checkpoint file",
-                advice="Check the path.",
-            )
         yield descriptor
     except OSError as error:
         raise CheckpointError(
@@ -49,12 +38,6 @@ def opened(path: Path) -> Iterator[int]:
         ) from error
     finally:
         os.close(descriptor)
-
-
-def _found(error: OSError | ValueError) -> str:
-    if isinstance(error, OSError):
-        return "nothing there" if isinstance(error, FileNotFoundError) else str(error.strerror)
-    return str(error)
 
 
 def damaged(path: Path, why: str, expected: str) -> CheckpointError:
@@ -144,15 +127,26 @@ def require_kept(objects: Sequence[StoredObject], holds: Callable[[StoredObject]
 
 
 def require_names(names: Sequence[str]) -> None:
-    """Refuse names that occur twice, or that are no text (half of a surrogate pair).
+    """Refuse names that occur twice, or are no text (half of a surrogate pair), and more than readers take.
 
     Raises:
-        CheckpointError: there is such a name.
+        CheckpointError: there is such a name, or there are too many.
     """
+    if len(names) > MOST_TENSORS or sum(map(len, names)) > _MOST_LETTERS:
+        raise CheckpointError(
+            "the target",
+            given=f"{len(names)} names of {sum(map(len, names))} letters together",
+            expected=f"at most {MOST_TENSORS} of {_MOST_LETTERS}",
+            advice="Leave some out with drop (--drop), or write several files.",
+        )
     for name, count in collections.Counter(names).items():
         if count > 1:
             raise CheckpointError(name, given="two entries of this name", expected="one")
         try:
-            name.encode("utf-8")
+            length = len(name.encode("utf-8"))
         except UnicodeError as error:
             raise CheckpointError(repr(name), given=f"no text ({error})", expected="a name in UTF-8") from None
+        if length > LONGEST_NAME:
+            raise CheckpointError(
+                f"{name[:80]}...", given=f"a name of {length} bytes", expected=f"one of at most {LONGEST_NAME}"
+            )

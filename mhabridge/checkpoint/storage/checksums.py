@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import zlib
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 from mhabridge.checkpoint.storage.blocks import Scratch
@@ -46,49 +43,56 @@ def kept_by(file: StoredFile) -> list[Checksum]:
     return [*file.checksums, *found.values()]
 
 
+class SumError(CheckpointError):
+    """A checksum is another one: the file is damaged."""
+
+
 def require(file: StoredFile, checksum: Checksum, scratch: Scratch | None = None) -> None:
     """Read what a checksum covers, and compare it.
 
     Raises:
-        CheckpointError: it is another one.
+        CheckpointError: it is another one, or the file cannot be read.
     """
     buffer = (scratch or Scratch()).take(_PIECE).data
-    crc = checksum.start
+    running = Running(checksum)
     for part in checksum.parts:
         if isinstance(part, bytes):
-            crc = zlib.crc32(part, crc)
+            running.add(part)
             continue
         for offset in range(0, part.length, _PIECE):
             piece = buffer[: min(_PIECE, part.length - offset)]
             file.fill_from(part, offset, piece)
-            crc = zlib.crc32(piece, crc)
-    if crc != checksum.stated:
-        raise CheckpointError(
-            f"{file.path}: {checksum.of}".removesuffix(": "),
-            given=f"content that cannot be read (its CRC-32 is {crc:08x})",
-            expected=f"bytes whose CRC-32 is {checksum.stated:08x}",
-            advice="The file is damaged: copy or download it again.",
-        )
+            running.add(piece)
+    running.require(file)
 
 
-@contextlib.contextmanager
-def compared_meanwhile(file: StoredFile) -> Iterator[Callable[[], None]]:
-    """Compare all checksums of a file in another thread, while the block runs.
+class Running:
+    """A checksum that is summed up by whoever reads what it covers anyway.
 
-    Yields:
-        What waits until that is done, and raises CheckpointError when one is wrong.
+    Args:
+        checksum: it.
     """
-    pool, scratch = ThreadPoolExecutor(1), Scratch()
-    waiting = [pool.submit(require, file, checksum, scratch) for checksum in kept_by(file)]
 
-    def wait() -> None:
-        for one in waiting:
-            one.result()
+    def __init__(self, checksum: Checksum) -> None:
+        self._checksum, self._crc = checksum, checksum.start
 
-    try:
-        yield wait
-    finally:
-        pool.shutdown(cancel_futures=True)
+    def add(self, piece: bytes | memoryview) -> None:
+        """The next bytes."""
+        self._crc = zlib.crc32(piece, self._crc)
+
+    def require(self, file: StoredFile) -> None:
+        """Compare it, once all was added.
+
+        Raises:
+            SumError: it is another one.
+        """
+        if self._crc != self._checksum.stated:
+            raise SumError(
+                f"{file.path}: {self._checksum.of}".removesuffix(": "),
+                given=f"content that cannot be read (its CRC-32 is {self._crc:08x})",
+                expected=f"bytes whose CRC-32 is {self._checksum.stated:08x}",
+                advice="The file is damaged: copy or download it again.",
+            )
 
 
 def require_all(file: StoredFile) -> None:

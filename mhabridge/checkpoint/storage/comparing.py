@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
@@ -13,9 +13,16 @@ from mhabridge.checkpoint.storage.stored import StoredFile, StoredTensor, bytes_
 
 _PIECE = 256 * 1024  # bytes of each side
 
+Watch = Callable[[memoryview], None]
+
 
 def same_bits(
-    mine: StoredFile, view: StoredTensor, theirs: StoredFile, other: StoredTensor, scratch: Scratch | None = None
+    mine: StoredFile,
+    view: StoredTensor,
+    theirs: StoredFile,
+    other: StoredTensor,
+    scratch: Scratch | None = None,
+    watch: Watch | None = None,
 ) -> bool:
     """Whether two tensors (or views) have the same dtype, shape and bits; no checksum is looked at.
 
@@ -27,18 +34,22 @@ def same_bits(
         theirs: the file of the second.
         other: the second.
         scratch: memory to work in.
+        watch: called with each piece of the first, in C order, once it is compared.
 
     Raises:
         CheckpointError: a file cannot be read.
     """
     if (view.dtype, view.shape) != (other.dtype, other.shape):
         return False
+    watch = watch or (lambda piece: None)
     view, other = (dataclasses.replace(one, checksum=None) for one in (view, other))
-    if view.plain and not other.plain:
+    if not other.plain and not view.plain:
+        first, second = bytes_of(mine.words(view)), bytes_of(theirs.words(other))
+        watch(first)
+        return _equal(first, second)
+    scratch, swapped = scratch or Scratch(), view.plain and not other.plain
+    if swapped:
         mine, view, theirs, other = theirs, other, mine, view
-    if not other.plain:
-        return _equal(bytes_of(mine.words(view)), bytes_of(theirs.words(other)))
-    scratch = scratch or Scratch()
     buffer, position = memoryview(bytearray(min(_PIECE, other.nbytes))), 0
     for piece in _pieces(mine, view, scratch):
         for start in range(0, len(piece), _PIECE):
@@ -46,6 +57,7 @@ def same_bits(
             theirs.fill(other, position + start, [buffer[: len(part)]])
             if not _equal(part, buffer[: len(part)]):
                 return False
+            watch(buffer[: len(part)] if swapped else part)
         position += len(piece)
     return True
 
@@ -67,7 +79,8 @@ def _pieces(file: StoredFile, view: StoredTensor, scratch: Scratch) -> Iterator[
 
 def _equal(first: memoryview, second: memoryview) -> bool:
     """Whether bytes are equal; ``==`` on memoryviews takes 35 times as long (measured)."""
-    return np.array_equal(np.frombuffer(first, np.uint8), np.frombuffer(second, np.uint8))
+    kind = np.dtype(np.uint64 if len(first) == len(second) and len(first) % 8 == 0 else np.uint8)
+    return np.array_equal(np.frombuffer(first, kind), np.frombuffer(second, kind))
 
 
 def all_zero(file: StoredFile, view: StoredTensor) -> bool:

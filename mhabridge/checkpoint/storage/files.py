@@ -9,12 +9,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mhabridge.checkpoint.storage.packed import Deflated
+from mhabridge.checkpoint.storage.regular import open_regular
 from mhabridge.errors import CheckpointError
 
 _MOST_BUFFERS = 1024  # of one preadv (IOV_MAX on Linux)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class Extent:
     """Bytes that lie together in a file.
 
@@ -43,12 +44,12 @@ class OpenFiles:
         self._files = tuple(files)
         self._descriptors: list[int | None] = []
         self._unpacking = threading.Lock()
-        for file in self._files:
-            try:
-                self._descriptors.append(os.open(file, os.O_RDONLY) if isinstance(file, Path) else None)
-            except OSError as error:
-                self.close()
-                raise CheckpointError(str(file), given=str(error.strerror), expected="a file to read") from error
+        try:
+            for file in self._files:
+                self._descriptors.append(open_regular(file) if isinstance(file, Path) else None)
+        except CheckpointError:
+            self.close()
+            raise
 
     def close(self) -> None:
         """Let go of all."""
@@ -99,13 +100,17 @@ class OpenFiles:
         while left:
             got = os.preadv(descriptor, left[:_MOST_BUFFERS], position)
             if not got and len(left[0]):
-                raise CheckpointError(
-                    str(self.path(extent.file)),
-                    given="a file that became shorter while it was read",
-                    expected=f"{extent.length} bytes from {extent.offset} on",
-                    advice="Something else writes it; wait until that has ended.",
-                )
+                raise self.became_shorter(extent)
             left, position = after(left, got), position + got
+
+    def became_shorter(self, extent: Extent) -> CheckpointError:
+        """The error for a file that ends before an extent does, which it did not when it was opened."""
+        return CheckpointError(
+            str(self.path(extent.file)),
+            given="a file that became shorter while it was read",
+            expected=f"{extent.length} bytes from {extent.offset} on",
+            advice="Something else writes it; wait until that has ended.",
+        )
 
 
 def after(buffers: list[memoryview], count: int) -> list[memoryview]:

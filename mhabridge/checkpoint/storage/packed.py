@@ -11,6 +11,7 @@ import tempfile
 import zlib
 from pathlib import Path
 
+from mhabridge.checkpoint.storage.regular import open_regular
 from mhabridge.errors import CheckpointError
 
 _PIECE = 256 * 1024
@@ -42,7 +43,7 @@ class Deflated:
         Raises:
             CheckpointError: that is no deflate stream.
         """
-        with self.path.open("rb") as stream:
+        with os.fdopen(open_regular(self.path), "rb") as stream:
             stream.seek(self.offset)
             packed = stream.read(min(self.length, 2 * length + 1024))  # its own tables come first
             try:
@@ -78,7 +79,7 @@ class Deflated:
     def _copy_to(self, descriptor: int) -> tuple[int, int]:
         """Unpack at most ``size`` bytes; how many there were, and their CRC-32."""
         inflate, size, crc, left = zlib.decompressobj(-zlib.MAX_WBITS), 0, 0, self.length
-        with self.path.open("rb") as stream:
+        with os.fdopen(open_regular(self.path), "rb") as stream:
             stream.seek(self.offset)
             packed = b""
             while size < self.size and not inflate.eof:

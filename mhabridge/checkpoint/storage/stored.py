@@ -8,7 +8,6 @@ process's memory, and a file that shrinks while it is mapped kills the process.
 from __future__ import annotations
 
 import dataclasses
-import math
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -23,98 +22,21 @@ from mhabridge.checkpoint.storage.checksums import Checksum
 from mhabridge.checkpoint.storage.files import Extent as Extent
 from mhabridge.checkpoint.storage.files import OpenFiles, after
 from mhabridge.checkpoint.storage.packed import Deflated
+from mhabridge.checkpoint.storage.tensors import ITEM_SIZES as ITEM_SIZES
+from mhabridge.checkpoint.storage.tensors import NOT_IN_NUMPY as NOT_IN_NUMPY
+from mhabridge.checkpoint.storage.tensors import StoredObject as StoredObject
+from mhabridge.checkpoint.storage.tensors import StoredTensor as StoredTensor
 from mhabridge.errors import CheckpointError
 
 # Bytes of a buffer. Larger ones fall out of the second-level cache, and writes of 256 KiB and more sometimes take
 # several times as long in the kernel (measured on ext4).
 CHUNK = 128 * 1024
 
-# Bytes of one element, for every dtype that some format can hold; None: not a whole number of bytes.
-ITEM_SIZES: dict[str, int | None] = {
-    **dict.fromkeys(("bool", "uint8", "int8", "float8_e4m3fn", "float8_e5m2"), 1),
-    **dict.fromkeys(("float8_e4m3fnuz", "float8_e5m2fnuz", "float8_e8m0fnu"), 1),
-    **dict.fromkeys(("float16", "bfloat16", "int16", "uint16"), 2),
-    **dict.fromkeys(("float32", "int32", "uint32"), 4),
-    **dict.fromkeys(("float64", "int64", "uint64", "complex64"), 8),
-    "complex128": 16,
-}
+_EXPANDED = (
+    "an expanded view, which has more elements than the file has numbers for it",
+    "Save tensor.contiguous() instead, or leave it out (--drop).",
+)
 _MOST_SHARED = 4 << 30  # bytes of all tensors, if it is more than a hundred times the file's
-NOT_IN_NUMPY = frozenset(name for name in ITEM_SIZES if name.startswith("float8"))
-
-
-@dataclasses.dataclass(frozen=True)
-class StoredTensor:
-    """One named tensor of a checkpoint, as it lies in the file.
-
-    Args:
-        name: its full name, without the keys that the whole state dict is nested under.
-        dtype: a key of ``ITEM_SIZES``.
-        shape: of the tensor.
-        extents: where the storage's bytes lie, in order.
-        storage: what two tensors have in common that share their numbers (tied parameters, views of one buffer).
-        start: the first element's position in the storage, in elements.
-        strides: in elements; None for C order.
-        big_endian: the storage's byte order.
-        checksum: CRC-32 of the storage, where the format keeps one: what it is before the storage's first byte (not 0
-            when it also covers a header before that), and after its last.
-    """
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    extents: tuple[Extent, ...]
-    storage: str
-    start: int = 0
-    strides: tuple[int, ...] | None = None
-    big_endian: bool = False
-    checksum: tuple[int, int] | None = None
-
-    @property
-    def size(self) -> int:
-        """The number of elements."""
-        return math.prod(self.shape)
-
-    @property
-    def item_size(self) -> int:
-        """Bytes of one element."""
-        return ITEM_SIZES[self.dtype] or 0
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the tensor in C order."""
-        return self.size * self.item_size
-
-    @property
-    def plain(self) -> bool:
-        """Whether its bytes in C order, little-endian, lie in the file as they are."""
-        return (self.strides is None or self.size == 0) and (not self.big_endian or self.item_size == 1)
-
-    def plain_extents(self) -> Iterator[Extent]:
-        """Where the tensor's own bytes lie, in order; only for ``plain`` ones."""
-        skip, left = self.start * self.item_size, self.nbytes
-        for extent in self.extents:
-            here = min(max(extent.length - skip, 0), left)
-            if here:
-                yield Extent(extent.file, extent.offset + skip, here)
-            left -= here
-            skip = max(skip - extent.length, 0)
-
-
-@dataclasses.dataclass(frozen=True)
-class StoredObject:
-    """An entry of a checkpoint that is no tensor.
-
-    Args:
-        name: its full name.
-        text: what it is, for people: ``epoch = 3`` is "3", an optimizer's state "a dict of 5 entries".
-        value: the value, when JSON can hold it (None, bool, int, float, str, and lists and dicts of those).
-        inert: the names of the classes or functions that it would take to make it; empty for plain data.
-    """
-
-    name: str
-    text: str
-    value: Any = None
-    inert: tuple[str, ...] = ()
 
 
 class StoredFile(Mapping[str, StoredTensor]):
@@ -180,6 +102,10 @@ class StoredFile(Mapping[str, StoredTensor]):
         """Let go of the files."""
         self._open.close()
 
+    def became_shorter(self, extent: Extent) -> CheckpointError:
+        """The error for a file that ends before an extent does, which it did not when it was opened."""
+        return self._open.became_shorter(extent)
+
     def descriptor(self, extent: Extent) -> int:
         """The open file that an extent lies in.
 
@@ -194,6 +120,7 @@ class StoredFile(Mapping[str, StoredTensor]):
         Raises:
             CheckpointError: the file has become shorter since it was opened.
         """
+        tensor.require_readable(self.path)
         left = list(buffers)
         for extent in tensor.plain_extents():
             if position < extent.length and left:
@@ -215,6 +142,7 @@ class StoredFile(Mapping[str, StoredTensor]):
         Raises:
             CheckpointError: the file ends too early, or the storage's checksum is wrong.
         """
+        tensor.require_readable(self.path)
         if not tensor.plain:
             yield bytes_of(self.words(tensor))
             return
@@ -249,6 +177,7 @@ class StoredFile(Mapping[str, StoredTensor]):
 
     def words(self, tensor: StoredTensor) -> np.ndarray:
         """The tensor as unsigned integers of its item's size (complex128 as complex128), in C order."""
+        tensor.require_readable(self.path)
         kind = words_of(tensor.dtype)
         if tensor.plain:
             array = np.empty(tensor.size, kind)
@@ -295,18 +224,19 @@ class StoredFile(Mapping[str, StoredTensor]):
     def _check_extents(self) -> None:
         sizes, reach = [self._open.size(number) for number in range(len(self.files))], 0
         for tensor in self._tensors.values():
-            where = f"{self.path}: {tensor.name}"
             if tensor.dtype not in ITEM_SIZES:
-                raise CheckpointError(where, given=f"dtype {tensor.dtype}", expected=", ".join(ITEM_SIZES))
+                raise CheckpointError(
+                    f"{self.path}: {tensor.name}", given=f"dtype {tensor.dtype}", expected=", ".join(ITEM_SIZES)
+                )
             for extent in tensor.extents:
                 if extent.offset < 0 or extent.length < 0 or extent.offset + extent.length > sizes[extent.file]:
                     raise CheckpointError(
-                        where,
+                        f"{self.path}: {tensor.name}",
                         given=f"{extent.length} bytes from {extent.offset} on in a file of {sizes[extent.file]} bytes",
                         expected="bytes that are in the file",
                         advice="The file is cut off or damaged: copy or download it again.",
                     )
-            reach += _check_view(where, tensor) * tensor.item_size
+            reach += self._check_view(tensor) * tensor.item_size
         if reach > max(_MOST_SHARED, 100 * sum(sizes)):
             raise CheckpointError(
                 str(self.path),
@@ -314,6 +244,31 @@ class StoredFile(Mapping[str, StoredTensor]):
                 expected="tensors that share their numbers, if at all, with a few others",
                 advice="Save only one of the tensors that are views of the same numbers.",
             )
+
+    def _check_view(self, tensor: StoredTensor) -> int:
+        """A view must lie inside its storage; one that is larger than that could ask for any memory, and is not read.
+
+        Returns:
+            From its first element to its last, how many there are in the storage; 0 when it is not read.
+        """
+        length = sum(extent.length for extent in tensor.extents)
+        strides = _c_strides(tensor.shape) if tensor.strides is None else tensor.strides
+        whole = all(isinstance(n, int) and n >= 0 for n in (*tensor.shape, *strides, tensor.start))
+        if whole and len(strides) == len(tensor.shape):
+            last = tensor.start + sum((n - 1) * stride for n, stride in zip(tensor.shape, strides, strict=True))
+            if tensor.size == 0 or tensor.unreadable is not None:
+                return 0
+            if (last + 1) * tensor.item_size <= length:
+                if tensor.nbytes <= length:
+                    return max(last + 1 - tensor.start, tensor.size)
+                self._tensors[tensor.name] = dataclasses.replace(tensor, unreadable=_EXPANDED)
+                return 0
+        raise CheckpointError(
+            f"{self.path}: {tensor.name}",
+            given=f"shape {tensor.shape}, strides {tensor.strides} and start {tensor.start} in {length} bytes",
+            expected=f"a tensor of {tensor.dtype} inside its storage",
+            advice="The file is damaged: copy or download it again.",
+        )
 
 
 def words_of(dtype: str) -> np.dtype[Any]:
@@ -360,29 +315,6 @@ def _divided(buffers: list[memoryview], count: int) -> tuple[list[memoryview], l
             return [*buffers[:number], buffer[:count]], after(buffers[number:], count)
         count -= len(buffer)
     return buffers, []
-
-
-def _check_view(where: str, tensor: StoredTensor) -> int:
-    """A view must lie inside its storage, and not be larger than that: else a small file could ask for any memory.
-
-    Returns:
-        From its first element to its last, how many there are in the storage.
-    """
-    length = sum(extent.length for extent in tensor.extents)
-    strides = _c_strides(tensor.shape) if tensor.strides is None else tensor.strides
-    whole = all(isinstance(n, int) and n >= 0 for n in (*tensor.shape, *strides, tensor.start))
-    if whole and len(strides) == len(tensor.shape):
-        last = tensor.start + sum((n - 1) * stride for n, stride in zip(tensor.shape, strides, strict=True))
-        if tensor.size == 0:
-            return 0
-        if (last + 1) * tensor.item_size <= length and tensor.nbytes <= length:
-            return max(last + 1 - tensor.start, tensor.size)
-    raise CheckpointError(
-        where,
-        given=f"shape {tensor.shape}, strides {tensor.strides} and start {tensor.start} in {length} bytes",
-        expected=f"a tensor of {tensor.dtype} inside its storage, and not larger than it",
-        advice="The file is damaged, or an expanded view was saved: save tensor.contiguous() instead.",
-    )
 
 
 def _c_strides(shape: tuple[int, ...]) -> tuple[int, ...]:

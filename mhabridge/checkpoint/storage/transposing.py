@@ -17,8 +17,8 @@ _SHEET_BYTES = (
 )  # in memory at a time: of a larger matrix some columns are read after the others, which is slow
 _PANEL_BYTES = 2 << 20  # of what is turned at a time
 _PANEL_ROW = 512  # bytes of each row of the source in a panel: a few cache lines, read whole
-_SHORT_ROW = 8 << 10  # bytes
-_LINES = 128  # longer rows that are read at a time
+_SHORT_ROW = 1 << 10  # bytes
+_LINES = 256  # longer rows that are read at a time
 
 
 def transposed(file: StoredFile, tensor: StoredTensor, name: str) -> Outgoing:
@@ -32,6 +32,7 @@ def transposed(file: StoredFile, tensor: StoredTensor, name: str) -> Outgoing:
     """
     if len(tensor.shape) != 2:
         raise ValueError(f"{tensor.name} of shape {tensor.shape} is no matrix")
+    tensor.require_readable(file.path)
     turned = _turned(tensor)
     if turned.plain or not _in_rows(tensor):
         return passed_through(file, turned, name)
@@ -71,7 +72,7 @@ def panels(file: StoredFile, tensor: StoredTensor, scratch: Scratch) -> Iterator
     sheet_memory, panel_memory, buffer = _divided(scratch, sizes)
     for first in range(0, length, width):
         sheet = blocks.padded(sheet_memory, min(width, length - first), kind, count)
-        _read_columns(file, tensor, first, sheet, buffer)
+        _read_columns(file, tensor, first, sheet, scratch, buffer)
         for column in range(0, sheet.shape[1], across):
             columns = sheet[:, column : column + across]
             panel = panel_memory[: columns.nbytes].view(kind).reshape(columns.shape[::-1])
@@ -102,7 +103,14 @@ def _divided(scratch: Scratch, sizes: tuple[int, ...]) -> Iterator[np.ndarray]:
     return (memory[start : start + size] for start, size in zip(starts, sizes, strict=False))
 
 
-def _read_columns(file: StoredFile, tensor: StoredTensor, first: int, sheet: np.ndarray, buffer: np.ndarray) -> None:
+def _read_columns(
+    file: StoredFile,
+    tensor: StoredTensor,
+    first: int,
+    sheet: np.ndarray,
+    scratch: Scratch,
+    buffer: np.ndarray,
+) -> None:
     """Fill the sheet's rows with the columns from ``first`` on."""
     count, width = sheet.shape
     stride, item = (tensor.strides or tensor.shape[1:])[0], tensor.item_size
@@ -113,8 +121,7 @@ def _read_columns(file: StoredFile, tensor: StoredTensor, first: int, sheet: np.
         return
     step = _LINES if width == stride else 1
     for row in range(0, count, step):
-        lines = [memoryview(line.view(np.uint8)) for line in sheet[row : row + step]]
-        file.fill(lying, (row * stride + first) * item, lines)
+        file.fill(lying, (row * stride + first) * item, scratch.lines(sheet, row, row + step))
 
 
 def _read_short_rows(file: StoredFile, lying: StoredTensor, sheet: np.ndarray, buffer: np.ndarray) -> None:

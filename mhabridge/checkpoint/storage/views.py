@@ -42,9 +42,10 @@ def parts_of(layout: Layout, spec: MHASpec, named: Mapping[str, StoredTensor]) -
 
 def split(tensor: StoredTensor, steps: Sequence[str], shapes: list[tuple[int, ...]]) -> list[View]:
     """The parts of a packed tensor: the inverse steps are applied to an array that is only addressed, never read."""
-    memory = np.empty(max(tensor.size, 1), np.uint8)
-    array = memory[: tensor.size].reshape(tensor.shape)
-    if tensor.strides is not None:
+    if tensor.strides is None:
+        memory = np.empty(max(tensor.size, 1), np.uint8)
+        array = memory[: tensor.size].reshape(tensor.shape)
+    else:
         span = 1 + sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.strides, strict=True))
         memory = np.empty(max(span, 1), np.uint8)
         array = np.lib.stride_tricks.as_strided(memory, tensor.shape, tensor.strides)
@@ -119,6 +120,8 @@ def _side_by_side(
     """Columns of several parts in each row: they are read whole, since no part's bytes lie together in the target."""
     views = [part for part in parts if isinstance(part, StoredTensor)]
     assert len(views) == len(parts), "only biases are filled with zeros, and they have no columns"
+    for view in views:
+        view.require_readable(file.path)
 
     def emit(sink: Sink) -> None:
         sink.write(bytes_of(rearrange.pack(steps, [file.words(view) for view in views])))

@@ -5,6 +5,7 @@ Sizes are known before the first byte is written, so every format is written in 
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import errno
 import math
@@ -12,7 +13,9 @@ import os
 import zlib
 from collections.abc import Callable
 
+from mhabridge.checkpoint.storage import reserving
 from mhabridge.checkpoint.storage.blocks import Scratch
+from mhabridge.checkpoint.storage.parallel import WORTH_A_THREAD, Stopped, Workers
 from mhabridge.checkpoint.storage.stored import CHUNK, ITEM_SIZES, Extent, StoredFile, StoredTensor
 from mhabridge.errors import CheckpointError
 
@@ -21,18 +24,21 @@ class Sink:
     """Where bytes go, in order.
 
     Args:
-        descriptor: an open file; bytes are appended at its position.
-        progress: called with the number of bytes that were just written.
+        descriptor: an open file; bytes are written from its start on, wherever its own position is.
+        progress: called with the number of bytes that were just written, from any of the threads.
+        workers: who writes what ``later`` is given; None: the caller.
 
     Attributes:
-        position: how many bytes were written.
+        position: how many bytes were written, or are to be written before the next.
         scratch: memory for what is made before it is written.
     """
 
-    def __init__(self, descriptor: int, progress: Callable[[int], None] | None = None) -> None:
+    def __init__(
+        self, descriptor: int, progress: Callable[[int], None] | None = None, workers: Workers | None = None
+    ) -> None:
         self.descriptor = descriptor
         self.position = 0
-        self._progress = progress
+        self._progress, self._workers = progress, workers
         self.scratch = Scratch()
         self._crc: int | None = None
 
@@ -51,6 +57,9 @@ class Sink:
 
         The kernel copies them where nobody needs to see them and whole pages become whole pages, which some file
         systems then share. Elsewhere it takes half as long again as reading and writing them (measured).
+
+        Raises:
+            EOFError: the other file ends before.
         """
         if self._crc is None and (offset - self.position) % _PAGE == 0:
             done = self._copy_in_kernel(source, offset, length)
@@ -59,9 +68,45 @@ class Sink:
         while length:
             got = os.preadv(source, [buffer[: min(length, CHUNK - self.position % CHUNK)]], offset)
             if not got:
-                raise CheckpointError("source", given="a file that ends too early", expected=f"{length} bytes more")
+                raise EOFError(length)
             self.write(buffer[:got])
             offset, length = offset + got, length - got
+
+    def reserve(self, length: int) -> None:
+        """Make sure that there is room for so many bytes, which will be written.
+
+        Raises:
+            OSError: there is not.
+        """
+        reserving.reserve(self.descriptor, length)
+
+    def later(self, length: int, emit: Callable[[Sink], None]) -> None:
+        """Leave room for bytes that another thread may write, while the caller goes on behind them.
+
+        Args:
+            length: how many there are.
+            emit: writes them to the sink that it is given.
+
+        Raises:
+            CheckpointError: ``emit`` wrote more or fewer; from ``wait`` when another thread did that.
+        """
+        if self._workers is None or length < WORTH_A_THREAD:
+            _emit(self, length, emit)
+            return
+        part = copy.copy(self)
+        self.position += length
+
+        def write() -> None:
+            assert part._workers is not None
+            part.scratch = part._workers.scratch
+            _emit(part, length, emit)
+
+        self._workers.give(write)
+
+    def wait(self) -> None:
+        """Wait until everything that ``later`` was given is written."""
+        if self._workers is not None:
+            self._workers.wait()
 
     def start_crc(self) -> None:
         """Sum up (CRC-32) what is written from now on."""
@@ -75,7 +120,7 @@ class Sink:
 
     def _write_all(self, data: memoryview) -> None:
         while data:
-            done = os.write(self.descriptor, data)
+            done = os.pwrite(self.descriptor, data, self.position)
             data = data[done:]
             self._advance(done)
 
@@ -83,7 +128,9 @@ class Sink:
         done = 0
         while done < length and hasattr(os, "copy_file_range"):
             try:
-                got = os.copy_file_range(source, self.descriptor, min(length - done, _AT_ONCE), offset + done)
+                got = os.copy_file_range(
+                    source, self.descriptor, min(length - done, _AT_ONCE), offset + done, self.position
+                )
             except OSError as error:
                 if error.errno in _NOT_HERE:
                     break
@@ -96,8 +143,19 @@ class Sink:
 
     def _advance(self, count: int) -> None:
         self.position += count
+        if self._workers is not None and self._workers.stopped:
+            raise Stopped
         if self._progress is not None:
             self._progress(count)
+
+
+def _emit(sink: Sink, length: int, emit: Callable[[Sink], None]) -> None:
+    start = sink.position
+    emit(sink)
+    if sink.position - start != length:
+        raise CheckpointError(
+            "the target", given=f"{sink.position - start} bytes", expected=f"{length}, for which there is room"
+        )
 
 
 _PAGE = 4096
@@ -106,7 +164,7 @@ _AT_ONCE = 64 << 20  # bytes that the kernel copies before it is asked again, so
 _NOT_HERE = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class Outgoing:
     """One tensor to be written.
 
@@ -159,6 +217,7 @@ def passed_through(file: StoredFile, tensor: StoredTensor, name: str, shape: tup
         for extent in tensor.plain_extents():
             _copy(sink, file, extent)
 
+    tensor.require_readable(file.path)
     shape = tensor.shape if shape is None else shape
     if math.prod(shape) != tensor.size:
         raise ValueError(f"{name}: {tensor.shape} has other elements than {shape}")
@@ -167,4 +226,7 @@ def passed_through(file: StoredFile, tensor: StoredTensor, name: str, shape: tup
 
 
 def _copy(sink: Sink, file: StoredFile, extent: Extent) -> None:
-    sink.copy(file.descriptor(extent), extent.offset, extent.length)
+    try:
+        sink.copy(file.descriptor(extent), extent.offset, extent.length)
+    except EOFError:
+        raise file.became_shorter(extent) from None

@@ -1,0 +1,91 @@
+"""Work on a few threads: reading, writing, turning matrices and checksums all let go of Python's lock.
+
+Two are enough: more wait for the same file and the same memory (measured), and each takes memory of its own.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from types import TracebackType
+
+from mhabridge.checkpoint.storage.blocks import Scratch
+
+WORTH_A_THREAD = 1 << 20  # bytes: what is smaller takes no longer than handing it over
+_MOST = 2
+
+
+def usual_count() -> int:
+    """How many threads to work on: two where there are two processors.
+
+    Example:
+        >>> usual_count() in (1, 2)
+        True
+    """
+    processors = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
+    return min(_MOST, len(processors))
+
+
+class Stopped(Exception):
+    """Another job failed or somebody pressed Ctrl-C: what this one makes is not wanted any more."""
+
+
+class Workers:
+    """Threads for the jobs of one file; use it in a ``with`` statement, which waits for all of them.
+
+    Args:
+        count: of threads; with one, each job is done when it is given, and nothing runs beside anything.
+
+    Attributes:
+        stopped: whether jobs that still run should end; ``Sink`` looks at it.
+
+    Example:
+        >>> with Workers(2) as workers:
+        ...     done = []
+        ...     for number in range(3):
+        ...         workers.give(lambda number=number: done.append(number))
+        >>> sorted(done)
+        [0, 1, 2]
+    """
+
+    def __init__(self, count: int) -> None:
+        self._pool = ThreadPoolExecutor(count) if count > 1 else None
+        self._waiting: deque[Future[None]] = deque()
+        self._own = threading.local()
+        self.stopped = False
+
+    @property
+    def scratch(self) -> Scratch:
+        """Memory to work in, which the calling thread has for itself."""
+        if not hasattr(self._own, "scratch"):
+            self._own.scratch = Scratch()
+        return self._own.scratch  # type: ignore[no-any-return]
+
+    def give(self, job: Callable[[], None]) -> None:
+        """Have a job done, now or as soon as a thread is free; ``wait`` raises what it raises."""
+        if self._pool is None:
+            job()
+        else:
+            self._waiting.append(self._pool.submit(job))
+
+    def wait(self) -> None:
+        """Wait for all jobs; of several errors the one of the job that was given first is raised."""
+        while self._waiting:
+            self._waiting.popleft().result()
+
+    def __enter__(self) -> Workers:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if kind is None:
+                self.wait()
+        finally:
+            self.stopped = True
+            if self._pool is not None:
+                self._pool.shutdown(cancel_futures=True)
