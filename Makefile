@@ -84,6 +84,7 @@ bench: setup
 	$(BIN)/python benchmarks/transposing.py
 	$(BIN)/python benchmarks/converting.py
 	$(BIN)/python benchmarks/diffing.py
+	$(BIN)/python benchmarks/diagnosing.py
 
 docs: $(SETUP)
 	$(BIN)/python -m mhabridge.differences docs/api-mapping.md

@@ -1,0 +1,247 @@
+"""Injected faults are named, clean ports are left alone, and what nobody knows stays unexplained."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import numpy as np
+import pytest
+
+import mhabridge as mb
+from mhabridge import dtypes, reference
+from mhabridge.backends.running import prepare, restore
+from mhabridge.diff.diagnosis.computing import Computer
+from mhabridge.diff.diagnosis.evidence import read
+from mhabridge.diff.diagnosis.findings import Diagnosis
+from mhabridge.diff.diagnosis.hypotheses import hypotheses
+from mhabridge.diff.diagnosis.search import diagnose
+from mhabridge.diff.inputs import random_inputs, random_masks
+from mhabridge.diff.rounding import Accuracy, named
+from tests import faulty_ports
+from tests.faulty_ports import Trial, draw, right
+
+SIZES = (16, 32)
+
+
+def _diagnose(trial: Trial) -> Diagnosis:
+    return diagnose(trial.spec, trial.weights, trial.inputs, trial.call, trial.observed, trial.expected)
+
+
+@functools.cache
+def _trials(count: int, first: int, last: int) -> tuple[Trial, ...]:
+    drawn = [draw(seed, count, sizes=SIZES) for seed in range(first, last)]
+    return tuple(trial for trial in drawn if trial is not None)
+
+
+def _named(trials: tuple[Trial, ...]) -> float:
+    wrong = []
+    for trial in trials:
+        found = _diagnose(trial)
+        if not right(trial, found.faults):
+            wrong.append(([each.name for each in trial.injected], found.words))
+    print(*wrong, sep="\n")
+    return 1.0 - len(wrong) / len(trials)
+
+
+@pytest.mark.timeout(300)
+def test_single_faults_are_named() -> None:
+    trials = _trials(1, 1000, 1150)
+    assert len(trials) > 80
+    assert {trial.layout for trial in trials} == set(faulty_ports.LAYOUTS)
+    assert {trial.spec.dtype for trial in trials} == {"float16", "bfloat16", "float32"}
+    assert _named(trials) >= 0.95
+
+
+@pytest.mark.timeout(300)
+def test_pairs_of_faults_are_named() -> None:
+    trials = _trials(2, 2000, 2028)
+    assert len(trials) > 14
+    assert _named(trials) >= 0.8
+
+
+@pytest.mark.timeout(300)
+def test_nothing_is_named_on_clean_ports() -> None:
+    for trial in _trials(0, 3000, 3060):
+        found = _diagnose(trial)
+        assert not found.faults
+        assert found.words == "Rounding explains it."
+        assert found.explains <= 1.0
+
+
+# -- what nobody knows -------------------------------------------------------------------------------------------------
+
+
+def _reversed(port: faulty_ports.Port) -> None:
+    port.weight("q")[...] = port.weight("q")[::-1].copy()
+
+
+def _negated(port: faulty_ports.Port) -> None:
+    port.weight("out")[...] = -port.weight("out").copy()
+
+
+def _half_transposed(port: faulty_ports.Port) -> None:
+    half = port.weight("v")[: port.spec.embed_dim // 2, : port.spec.embed_dim // 2]
+    half[...] = half.T.copy()
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("change", [_reversed, _negated, _half_transposed])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_unknown_faults_stay_unexplained(monkeypatch: pytest.MonkeyPatch, change: Any, dtype: str) -> None:
+    unknown = faulty_ports.Injected("unknown", (), change, "unknown")
+    monkeypatch.setattr(faulty_ports, "injections", lambda *_: [unknown])
+    trial = next(filter(None, (draw(seed, 1, dtype, SIZES) for seed in range(4000, 4050))))
+    found = _diagnose(trial)
+    assert not found.faults
+    assert not found.sure
+    assert found.words.startswith("Unexplained")
+    assert found.tried > 1000
+
+
+# -- the mending line --------------------------------------------------------------------------------------------------
+
+
+def _case(**fields: Any) -> tuple[mb.MHASpec, mb.MHAWeights, tuple[np.ndarray, ...]]:
+    spec = mb.MHASpec(**{"embed_dim": 32, "num_heads": 4, "batch_first": True, **fields})
+    return spec, mb.MHAWeights.random(spec, seed=5), tuple(random_inputs(spec, 5).values())
+
+
+def _answer(spec: mb.MHASpec, weights: mb.MHAWeights, inputs: Any, **call: Any) -> dict[str, np.ndarray]:
+    prepared = prepare(spec, weights, *inputs, **call)
+    found = named(restore(prepared, reference.attend(spec, weights, prepared.call)))
+    return {name: dtypes.round_to(array, spec.dtype) for name, array in found.items()}
+
+
+def test_the_real_life_slice_is_named_with_its_rows() -> None:
+    spec, weights, inputs = _case()
+    native = weights.to_layout("torch", spec)
+    native["in_proj_weight"][32:64] = native["in_proj_weight"][64:96].copy()
+    native["in_proj_bias"][32:64] = native["in_proj_bias"][64:96].copy()
+    wrong = mb.MHAWeights.from_layout("torch", native, spec)
+    found = diagnose(spec, weights, inputs, {}, _answer(spec, wrong, inputs), Accuracy("float32"), layer="a", side="b")
+    assert (found.layer, found.side, found.sure) == ("a", "b", "certain")
+    assert found.faults[0].mend == "in_proj_weight: rows 32:64 are the key, not 64:96"
+
+
+def test_an_inverted_mask_is_named_with_its_mend() -> None:
+    spec, weights, inputs = _case()
+    masks = random_masks("padding", spec, 1)
+    observed = _answer(spec, weights, inputs, key_padding_mask=~masks["key_padding_mask"])
+    found = diagnose(spec, weights, inputs, masks, observed, Accuracy("float32"))
+    assert [fault.mend for fault in found.faults] == ["key_padding_mask: invert"]
+
+
+def test_symmetric_faults_are_listed_as_others() -> None:
+    """A value bias that is lost, and one that went to the key, where a bias does nothing, compute the same."""
+    spec, weights, inputs = _case()
+    wrong = mb.MHAWeights(**{**weights.to_tree(), "v_bias": np.zeros(32, "float32")})
+    found = diagnose(spec, weights, inputs, {}, _answer(spec, wrong, inputs), Accuracy("float32"))
+    assert (found.faults[0].name, found.faults[0].where) == ("bias missing", "v_bias")
+    assert found.sure == "likely"
+    assert ("bias on the wrong projection",) in [tuple(fault.name for fault in other) for other in found.others]
+
+
+@pytest.mark.parametrize("policy", ["nan", "zero"])
+def test_fully_masked_rows(policy: str) -> None:
+    spec, weights, inputs = _case()
+    mask = np.zeros((2, 7), bool)
+    mask[1] = True
+    call = {"key_padding_mask": mask, "fully_masked": policy}
+    other = {**call, "fully_masked": "zero" if policy == "nan" else "nan"}
+    found = diagnose(spec, weights, inputs, call, _answer(spec, weights, inputs, **other), Accuracy("float32"))
+    assert found.faults[0].name == "fully masked rows"
+    assert found.faults[0].mend == f"fully_masked: {policy}"
+    clean = diagnose(spec, weights, inputs, call, _answer(spec, weights, inputs, **call), Accuracy("float32"))
+    assert not clean.faults
+    assert clean.words == "Rounding explains it."
+
+
+def test_nothing_but_nan_is_unexplained() -> None:
+    spec, weights, inputs = _case()
+    observed = {"output": np.full((2, 5, 32), np.nan, "float32")}
+    found = diagnose(spec, weights, inputs, {}, observed, Accuracy("float32"))
+    assert not found.faults
+    assert found.words.startswith("Unexplained: no element is finite")
+
+
+def test_an_output_in_the_other_axis_order() -> None:
+    spec, weights, inputs = _case()
+    observed = {"output": _answer(spec, weights, inputs)["output"].swapaxes(0, 1)}
+    found = diagnose(spec, weights, inputs, {}, observed, Accuracy("float32"))
+    assert [fault.name for fault in found.faults] == ["output axes swapped"]
+
+
+def test_gradients_that_are_scaled_are_named_and_others_are_not() -> None:
+    spec, weights, inputs = _case()
+    call = {"grad_output": np.random.default_rng(0).standard_normal((2, 5, 32)).astype("float32")}
+    observed = _answer(spec, weights, inputs, **call)
+    assert not diagnose(spec, weights, inputs, call, observed, Accuracy("float32")).faults
+    half = {**observed, "grads.q_weight": observed["grads.q_weight"] / 2}
+    found = diagnose(spec, weights, inputs, call, half, Accuracy("float32"))
+    assert [(fault.name, fault.where) for fault in found.faults] == [("gradient scaled", "grads.q_weight")]
+    assert "0.5 times" in found.faults[0].words
+    turned = {**observed, "grads.q_weight": observed["grads.q_weight"].T}
+    found = diagnose(spec, weights, inputs, call, turned, Accuracy("float32"))
+    assert not found.faults
+    assert found.words.startswith("Unexplained: the output and the weights are right")
+
+
+# -- dropout and precision ---------------------------------------------------------------------------------------------
+
+
+def test_weights_before_dropout_and_after() -> None:
+    spec, weights, inputs = _case(dropout=0.5)
+    call = {"training": True, "average_attn_weights": False}
+    dropped = _answer(spec, weights, inputs, **call)
+    found = diagnose(spec, weights, inputs, call, dropped, Accuracy("float32"))
+    assert not found.faults
+    assert found.words == "Rounding explains it, given what was dropped."
+    plain = _answer(spec, weights, inputs, average_attn_weights=False)
+    before = {**dropped, "attn_weights": plain["attn_weights"]}
+    assert diagnose(spec, weights, inputs, call, before, Accuracy("float32")).faults[0].name == "weights before dropout"
+    assert diagnose(spec, weights, inputs, call, plain, Accuracy("float32")).faults[0].name == "dropout not applied"
+
+
+def test_half_precision_sums() -> None:
+    trial = next(filter(None, (draw(seed, 1, "float16", (256,), "half sums") for seed in range(100))))
+    found = _diagnose(trial)
+    assert [fault.name for fault in found.faults] == ["half-precision accumulation"]
+    assert found.sure == "likely"
+
+
+# -- the search's own computation --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("masks", ["none", "padding+causal", "per-head", "float"])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"add_bias_kv": True, "add_zero_attn": True},
+        {"kdim": 8, "vdim": 16, "bias": False},
+        {"residual": True, "scale": 0.3},
+        {"q_proj_size": 16, "k_proj_size": 16, "v_proj_size": 8, "out_proj_size": 0, "out_bias": False},
+    ],
+)
+def test_the_clean_state_is_the_reference(masks: str, fields: dict[str, Any]) -> None:
+    spec, weights, inputs = _case(**fields)
+    call = random_masks(masks, spec, 3)
+    prepared = prepare(spec, weights, *inputs, **call)
+    exact = reference.attend(spec, weights, prepared.call)
+    case = read(spec, weights, inputs, call, {"output": exact.output}, Accuracy("float32"))
+    found = Computer().run(case.state)
+    np.testing.assert_allclose(found["output"], exact.output, rtol=1e-12, atol=1e-12)
+    np.testing.assert_allclose(found["attn_weights"], exact.attn_weights, rtol=1e-12, atol=1e-12)
+
+
+def test_every_hypothesis_says_what_to_do() -> None:
+    spec, weights, inputs = _case(add_bias_kv=True)
+    call = random_masks("padding+causal", spec, 3)
+    case = read(spec, weights, inputs, call, _answer(spec, weights, inputs, **call), Accuracy("float32"))
+    table = hypotheses(case)
+    assert len(table) > 150
+    for each in table:
+        assert all(dataclasses.astuple(each.fault))
+        assert ":" in each.fault.mend
