@@ -211,6 +211,16 @@ def test_half_precision_sums() -> None:
     assert found.sure == "likely"
 
 
+@pytest.mark.parametrize("factor", [1.001, 0.99])
+def test_a_wrong_factor_is_no_noise(factor: float) -> None:
+    """It is as small as half-precision sums would be, but it points along the output."""
+    spec, weights, inputs = _case()
+    output = _answer(spec, weights, inputs)["output"] * np.float32(factor)
+    found = diagnose(spec, weights, inputs, {}, {"output": output}, Accuracy("float32"))
+    assert not found.faults
+    assert found.words.startswith("Unexplained")
+
+
 # -- the search's own computation --------------------------------------------------------------------------------------
 
 
