@@ -99,7 +99,7 @@ test-versions: setup
 	$(BIN)/mhabridge backends install torch@1.8.1
 	$(BIN)/mhabridge backends install mindspore@2.0.0
 	$(BIN)/python -m pytest tests/test_conformance.py tests/test_sweep.py tests/test_training.py tests/test_diff.py \
-		tests/test_signatures.py tests/test_support.py \
+		tests/test_signatures.py tests/test_support.py tests/test_diff_training.py tests/test_record_kit.py \
 		--backends $(OLD) --require $(OLD)
 	$(BIN)/python -m pytest tests/test_transformer.py tests/test_bridge.py tests/test_pytorch_paths.py --require $(OLD)
 	@command -v sshd >/dev/null || test -x /usr/sbin/sshd || { echo 'No sshd: install openssh-server for the ssh tests'; exit 2; }

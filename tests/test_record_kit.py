@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+import mhabridge as mb
 from mhabridge import mapping
 from mhabridge.errors import ArgumentError
 from mhabridge.recording import kit
@@ -71,6 +72,63 @@ def test_it_stands_alone(folder: Path) -> None:
 @pytest.mark.timeout(300)
 def test_it_stands_alone_on_python_3_8(folder: Path, python38: str) -> None:
     assert stand_alone(python38, folder) == "(3, 8)"
+
+
+# A layer of each framework's own, and a call of it.
+MODELS = {
+    "torch": """
+import torch
+model = torch.nn.TransformerEncoder(torch.nn.TransformerEncoderLayer(16, 2), 2).eval()
+call = lambda: model(torch.randn(5, 2, 16))
+""",
+    "mindspore": """
+import mindspore, numpy as np
+mindspore.set_context(mode=mindspore.PYNATIVE_MODE)
+model = mindspore.nn.TransformerEncoder(mindspore.nn.TransformerEncoderLayer(16, 2), 2)
+model.set_train(False)
+call = lambda: model(mindspore.Tensor(np.random.default_rng(0).standard_normal((5, 2, 16)).astype("float32")))
+""",
+    "megengine": """
+import megengine, numpy as np
+class Model(megengine.module.Module):
+    def __init__(self):
+        super().__init__()
+        self.attention = megengine.module.MultiHeadAttention(16, 2)
+        self.again = megengine.module.MultiHeadAttention(16, 2)
+    def forward(self, x):
+        y = self.attention(x, x, x)[0]
+        return self.again(y, y, y)[0]
+model = Model()
+model.eval()
+call = lambda: model(megengine.tensor(np.random.default_rng(0).standard_normal((2, 5, 16)).astype("float32")))
+""",
+}
+RECORDS = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import mhabridge_record
+{model}
+with mhabridge_record.record(model, sys.argv[2]):
+    call()
+"""
+
+
+@pytest.mark.frameworks
+@pytest.mark.timeout(300)
+def test_it_records_each_framework_where_only_that_is(framework: str, tmp_path: Path) -> None:
+    """In the framework's own environment, of any version; both layers are judged right by what was recorded."""
+    info = next(info for info in mb.backends() if info.name == framework)
+    (tmp_path / "mhabridge_record.py").write_text(kit.compose([info.framework]), encoding="utf-8")
+    target = tmp_path / "a.safetensors"
+    code = RECORDS.format(model=MODELS[info.framework])
+    command = [info.python, "-I", "-c", code, str(tmp_path), str(target)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    report = mb.diff_recordings(target, target)
+    assert report.ok, report.to_json()
+    outputs = [entry.comparison for entry in report.entries if entry.tensor == "output"]
+    assert len(outputs) == 2
+    assert all(each.distances[0] is not None for each in outputs)  # held against float64, not only against itself
 
 
 def test_it_is_python_3_8() -> None:
