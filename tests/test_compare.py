@@ -169,3 +169,20 @@ def test_a_changed_element_never_passes(values: list[float], data: st.DataObject
     found = compare(a, b)
     assert not found.ok
     assert found.index == (at,)
+
+
+def test_the_side_with_nan_is_named_over_all_elements() -> None:
+    a, b = np.float32([np.nan, 1, 2]), np.float32([0, np.nan, 2])
+    assert compare(a, b).side == "both"
+    assert compare(np.float32([1, 1]), np.float32([np.nan, np.inf])).side == "second"
+    one, two = Measure(), Measure()
+    one.add(a[:1], b[:1])
+    two.add(a[1:], b[1:])
+    one.join(two)
+    assert one.strange_sides == (True, True)
+
+
+def test_the_reference_is_not_blamed_for_nan_that_belongs_there() -> None:
+    exact, wrong = np.float32([np.nan, 1]), np.float32([0, 1])
+    found = compare(exact, wrong, distances=(OK, Distance("broken", "0 where NaN belongs")), allowed=np.isnan(exact))
+    assert (found.verdict, found.side) == ("broken", "second")

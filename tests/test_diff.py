@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import io
 import json
 import pathlib
@@ -237,3 +238,49 @@ def test_command_reads_a_checkpoint(tmp_path: pathlib.Path) -> None:
     result = invoke("--backends", "numpy", *prefix)
     assert result.exit_code == 0, result.output
     assert "hf-bert" in result.output
+
+
+@pytest.mark.parametrize("what", ["weights", "inputs"])
+def test_nan_that_no_mask_explains_is_refused(what: str) -> None:
+    """The reference is NaN then, and so is every honest backend: that is no answer."""
+    weights, arrays = mb.MHAWeights.random(SPEC), random_inputs(SPEC)
+    if what == "weights":
+        tree = {name: np.array(array) for name, array in weights.arrays().items()}
+        tree["q_weight"][0, 0] = np.nan
+        weights = mb.MHAWeights(**tree)
+    else:
+        arrays["key"][0, 0, 0] = np.inf
+    with pytest.raises(ArgumentError, match="finite numbers"):
+        mb.diff(SPEC, ["numpy"], weights, arrays)
+
+
+def test_an_output_that_only_one_backend_has_is_broken(monkeypatch: pytest.MonkeyPatch) -> None:
+    run, find = Backend.run, mb.backend
+    other = Backend(dataclasses.replace(find("numpy").info, name="other"))
+
+    def more(self: Backend, *args: Any, **kwargs: Any) -> Result:
+        result = run(self, *args, **kwargs)
+        return dataclasses.replace(result, grads={"query": result.output}) if self is other else result
+
+    monkeypatch.setattr(Backend, "run", more)
+    monkeypatch.setattr("mhabridge.diff.running.find_backend", lambda name: other if name == "other" else find(name))
+    report = mb.diff(SPEC, ["numpy", "other"])
+    assert not report.ok
+    assert [entry.comparison.verdict for entry in report.entries if entry.tensor == "grads.query"] == ["broken"]
+    assert [pair.comparison.verdict for pair in report.pairs if pair.tensor == "grads.query"] == ["broken"]
+
+
+def test_outputs_never_go_over_what_is_read(tmp_path: pathlib.Path) -> None:
+    spec = mb.MHASpec(8, 2)
+    path = tmp_path / "model.npz"
+    np.savez(path, **mb.MHAWeights.random(spec).to_layout("torch", spec, prefix="attn"))
+    before = path.read_bytes()
+    given = ["--backends", "numpy", "--weights", str(path), "--prefix", "attn", "--num-heads", "2"]
+    for options in (["--csv", str(path)], ["--html", str(tmp_path / "x"), "--csv", str(tmp_path / "x")]):
+        result = invoke(*given, *options)
+        assert result.exit_code == 2, result.output
+    assert invoke(*given, "--csv", str(tmp_path / "none" / "x.csv")).exit_code == 2
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+    assert invoke(*given, "--csv", str(tmp_path / "x.csv")).exit_code == 0
+    assert (tmp_path / "x.csv").read_text().startswith("layer,tensor")

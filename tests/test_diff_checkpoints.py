@@ -554,3 +554,47 @@ def test_large_matrices_are_turned_in_sheets(tmp_path: Path, monkeypatch: pytest
         joined = np.concatenate([piece.copy() for piece in turned.pieces(Scratch())])
         assert np.array_equal(joined.reshape(384, 256), array.T)
         assert working.compare_all([(turned, Side(file, file["y"]))], 1)[0].verdict == "equal"
+
+
+def test_a_reshaped_convolution_is_no_convolution_in_another_framework(tmp_path: Path) -> None:
+    weight = np.random.default_rng(0).standard_normal((4, 6, 3, 3)).astype("float32")
+    np.savez(tmp_path / "a.npz", **{"conv1.weight": weight})
+    np.savez(tmp_path / "b.npz", **{"conv1.weight": weight.reshape(6, 4, 3, 3)})
+    report = diff_checkpoints(tmp_path / "a.npz", tmp_path / "b.npz")
+    assert report.verdict == "broken"
+    assert "shape" in report.entries[0].comparison.reason
+
+
+def test_nan_makes_no_diagnosis(tmp_path: Path) -> None:
+    spec = MHASpec(8, 2)
+    for name, value in (("a", None), ("b", np.nan)):
+        named = MHAWeights.random(spec).to_layout("torch", spec, prefix="attn")
+        if value is not None:
+            named["attn.in_proj_weight"] = named["attn.in_proj_weight"].copy()
+            named["attn.in_proj_weight"][0, 0] = value
+        np.savez(tmp_path / f"{name}.npz", **named)
+    report = diff_checkpoints(tmp_path / "a.npz", tmp_path / "b.npz")
+    assert report.verdict == "broken"
+    assert not any(diagnosis.faults for diagnosis in report.diagnoses), report.diagnoses
+
+
+def test_a_number_beside_a_scalar_tensor_is_compared(tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    torch.save({"fc.weight": torch.ones(2, 2), "logit_scale": 2.5}, tmp_path / "a.pt")
+    for value, verdict in ((4.6, "off"), (2.5, "rounding")):
+        torch.save({"fc.weight": torch.ones(2, 2), "logit_scale": torch.tensor(value)}, tmp_path / "b.pt")
+        report = diff_checkpoints(tmp_path / "a.pt", tmp_path / "b.pt")
+        assert report.verdict == verdict
+        assert [entry.tensor for entry in report.entries][-1] == "logit_scale"
+
+
+def test_another_scale_is_another_layer_where_both_files_say_it(tmp_path: Path) -> None:
+    spec = MHASpec(8, 2)
+    named = MHAWeights.random(spec).to_layout("torch", spec, prefix="attn")
+    np.savez(tmp_path / "w.npz", **named)
+    for name, one in (("a", spec), ("b", spec.replace(scale=1.0)), ("c", spec)):
+        convert_checkpoint(tmp_path / "w.npz", tmp_path / f"{name}.safetensors", to="mindspore", spec=one)
+    assert diff_checkpoints(tmp_path / "a.safetensors", tmp_path / "c.safetensors").ok
+    report = diff_checkpoints(tmp_path / "a.safetensors", tmp_path / "b.safetensors")
+    assert report.verdict == "off"
+    assert [entry.tensor for entry in report.entries if not entry.ok] == ["scale"]

@@ -106,3 +106,25 @@ def test_words_say_where_they_part() -> None:
     steps = tuple(Step(k, "q_bias", "a", "b", 1e-3, 1e-8, 1e5, k < 3) for k in range(1, 5))
     (line,) = steps_in_words(mb.DiffReport((), (), steps=steps))
     assert "a and b part at step 3" in line
+
+
+def test_a_backend_that_fails_in_training_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    run, find = Backend.run, mb.backend
+    other = Backend(dataclasses.replace(find("numpy").info, name="other"))
+    calls = []
+
+    def dies(self: Backend, *args: Any, **kwargs: Any) -> Result:
+        calls.append(self)
+        if self is other and calls.count(other) > 3:
+            raise mb.BackendError("worker", given="killed by SIGSEGV")
+        return run(self, *args, **kwargs)
+
+    monkeypatch.setattr(Backend, "run", dies)
+    for module in ("running", "training"):
+        monkeypatch.setattr(
+            f"mhabridge.diff.{module}.find_backend", lambda name: other if name == "other" else find(name)
+        )
+    report = mb.diff(SPEC, ["numpy", "other"], steps=4)
+    assert len(report.entries) == 4
+    assert (report.ok, report.exit_code) == (False, 2)
+    assert report.runs[1].reason.startswith("in training: worker: given killed by SIGSEGV")

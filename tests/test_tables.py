@@ -23,3 +23,13 @@ def test_a_piped_table_is_whole(capsys: pytest.CaptureFixture[str]) -> None:
     lines = capsys.readouterr().out.splitlines()
     assert any(all(cell in line for cell in row) for line in lines)
     assert lines[0].strip() == "a title"
+
+
+def test_a_hostile_path_is_cut_and_nested_no_deeper_than_people_read() -> None:
+    from mhabridge.cli.tree import lines
+    from mhabridge.diff.report import DiffReport, Layer
+
+    names = [".".join("a" * 5000), "b" * 1_000_000]
+    found = lines(DiffReport((), (), layers=tuple(Layer(name, name) for name in names)))
+    assert max(len(line.path) for line in found) < 20
+    assert all(len(".".join(line.path)) <= 200 for line in found)

@@ -102,6 +102,7 @@ def command(context: click.Context, /, **options: Any) -> None:
     if context.invoked_subcommand is not None:
         _refuse_before(context)
         return
+    outputs.check(options, (options["weights_file"], options["spec_file"]))
     from mhabridge.diff import diff
     from mhabridge.diff.inputs import random_inputs, random_masks
 

@@ -32,6 +32,7 @@ def command(a: str, b: str, num_heads: int | None, rename: tuple[str, ...], ever
 
     Exit code 0: every tensor is equal, or one is the other rounded; 1: a difference; 2: it could not be done.
     """
+    outputs.check(given, (a, b))
     from mhabridge.diff.checkpoints import diff_checkpoints
 
     report = diff_checkpoints(a, b, num_heads=num_heads, rename=rename, pictures=outputs.wants_pictures(given))
@@ -55,20 +56,22 @@ def show(report: DiffReport, every: bool) -> None:
         Column("worst at", drop=5),
         Column("verdict"),
     ]
-    shown = entries if every else entries[:SHOWN]
-    if shown:
-        print_table(columns, [_row(entry) for entry in shown], styles=VERDICTS)
-    if len(entries) > len(shown):
-        click.echo(f"... and {len(entries) - len(shown)} more that differ; --all shows every tensor")
-    for line in _words(report, shown):
+    listed = entries if every else entries[:SHOWN]
+    if listed:
+        print_table(columns, [_row(entry) for entry in listed], styles=VERDICTS)
+    if len(entries) > len(listed):
+        click.echo(f"... and {len(entries) - len(listed)} more that differ; --all shows every tensor")
+    for line in _words(report, listed):
         click.echo(printable(line))
 
 
 def _row(entry: Entry) -> list[str]:
+    from mhabridge.cli.tables import shown
+
     found = entry.comparison
     return [
-        entry.layer,
-        entry.tensor,
+        shown(entry.layer),
+        shown(entry.tensor),
         " | ".join(dict.fromkeys(str(shape) for shape in found.shapes if shape is not None)),
         " | ".join(dict.fromkeys(name for name in found.dtypes if name)),
         _number(found.max_abs, ".2e"),
@@ -83,13 +86,15 @@ def _number(value: float, form: str) -> str:
     return "" if value != value else f"{value:{form}}"
 
 
-def _words(report: DiffReport, shown: list[Entry]) -> list[str]:
+def _words(report: DiffReport, listed: list[Entry]) -> list[str]:
+    from mhabridge.cli.tables import shown
+
     counts: dict[str, int] = {}
     for entry in report.entries:
         counts[entry.comparison.verdict] = counts.get(entry.comparison.verdict, 0) + 1
     lines = [
-        f"{'.'.join(filter(None, (entry.layer, entry.tensor)))}: {entry.comparison.reason}"
-        for entry in shown
+        f"{shown('.'.join(filter(None, (entry.layer, entry.tensor))))}: {entry.comparison.reason}"
+        for entry in listed
         if entry.comparison.reason
     ]
     lines += [f"{each.layer}: {each.words}" for each in report.diagnoses]

@@ -35,6 +35,7 @@ def command(a: str, b: str, rename: tuple[str, ...], by_name: bool, single_step:
     Record with `mb.record(model, path)`, or with the one file that `mhabridge record-kit` writes.
     Exit code 0: rounding explains all; 1: a difference; 2: it could not be done.
     """
+    outputs.check(given, (a, b))
     from mhabridge.diff.recordings import diff_recordings
 
     report = diff_recordings(

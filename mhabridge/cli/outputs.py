@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import pathlib
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
@@ -23,6 +24,23 @@ def options(command: Command) -> Command:
     ):
         command = decorate(command)
     return command
+
+
+def check(given: dict[str, Any], inputs: Sequence[str | None] = ()) -> None:
+    """Refuse, before anything is computed, to write over a file that is read, twice to one file, or into no folder.
+
+    Raises:
+        click.UsageError: the option, and what is wrong with it.
+    """
+    targets = {kind: pathlib.Path(given[kind]) for kind in ("csv", "html", "png") if given[kind]}
+    for kind, path in targets.items():
+        if not path.parent.is_dir():
+            raise click.UsageError(f"--{kind}: there is no folder {str(path.parent)!r}.")
+        others = [pathlib.Path(other) for other in inputs if other]
+        if any(path.exists() and other.exists() and path.samefile(other) for other in others):
+            raise click.UsageError(f"--{kind}: {str(path)!r} is one of the files that are compared.")
+        if any(path.resolve() == other.resolve() for name, other in targets.items() if name != kind):
+            raise click.UsageError(f"--{kind}: {str(path)!r} is given twice.")
 
 
 def give(report: DiffReport, given: dict[str, Any], show: Callable[[], None]) -> None:
@@ -47,7 +65,7 @@ def write_text(path: str, text: str) -> None:
     from mhabridge.checkpoint.storage import atomic
 
     with atomic.replacing(path, force=True, sync=False) as descriptor, open(descriptor, "wb", closefd=False) as file:
-        file.write(text.encode())
+        file.write(text.encode("utf-8", "surrogateescape"))  # a path may be no text
 
 
 def wants_pictures(given: dict[str, Any]) -> bool:

@@ -92,6 +92,18 @@ def printable(text: str, keep: str = "") -> str:
     return "".join(c if c.isprintable() or c in keep else c.encode("unicode_escape").decode() for c in text)
 
 
+def shown(text: str, most: int = 200) -> str:
+    """A text from a file as it is printed: escaped, and without its middle when it is very long.
+
+    Example:
+        >>> shown("a" * 300, 9)
+        'aaa...aaa'
+    """
+    text = printable(text[:most] + text[-most:] if len(text) > 2 * most else text)
+    half = (most - 3) // 2
+    return text if len(text) <= most else f"{text[:half]}...{text[-half:]}"
+
+
 def _print_plain(columns: list[Column], rows: list[list[str]], title: str, group: int) -> None:
     """Without rich, whose import and layout take longer than reading a checkpoint's names."""
     widths = [max(len(column.name), *(len(row[i]) for row in rows), 0) for i, column in enumerate(columns)]

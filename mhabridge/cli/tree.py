@@ -13,12 +13,13 @@ import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from mhabridge.cli.tables import VERDICTS, printable
+from mhabridge.cli.tables import VERDICTS, printable, shown
 
 if TYPE_CHECKING:
     from mhabridge.diff.report import DiffReport, Entry, Layer
 
 HERE = "<--- first divergence"
+_DEPTH = 12  # further levels are not worth their indentation; a hostile path may have thousands
 _LONG = 4  # lines in a row that are shown whole
 
 
@@ -84,8 +85,8 @@ def lines(report: DiffReport) -> list[Line]:
 
 
 def _line(layer: Layer, entries: list[Entry], report: DiffReport) -> Line:
-    path = tuple(printable(layer.name).split("."))
-    other = f"is {printable(layer.other)}" if layer.other not in ("", layer.name) else ""
+    path = tuple(shown(layer.name).split(".", _DEPTH))
+    other = f"is {shown(layer.other)}" if layer.other not in ("", layer.name) else ""
     if not entries:
         return Line(path, "", "; ".join(map(printable, layer.notes)))
     worst = max(entries, key=_how_bad)
@@ -124,7 +125,7 @@ def _words(entry: Entry) -> str:
     comparison, times = entry.comparison, _times(entry)
     if comparison.verdict == "equal":
         return ""
-    said = printable(entry.tensor)
+    said = shown(entry.tensor)
     if comparison.max_abs == comparison.max_abs:
         said += f" {comparison.max_abs:.2e}"
     if times >= 0:

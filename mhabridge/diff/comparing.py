@@ -85,6 +85,7 @@ class Measure:
         self.strange: int | None = None
         self.strange_values = (_NAN, _NAN)
         self.strange_count = 0
+        self.strange_sides: tuple[bool, bool] = (False, False)
 
     def add(self, first: np.ndarray, second: np.ndarray, allowed: np.ndarray | None = None) -> None:
         """Add the next elements of both, in C order.
@@ -127,6 +128,10 @@ class Measure:
         if later.strange is not None and self.strange is None:
             self.strange, self.strange_values = start + later.strange, later.strange_values
         self.strange_count += later.strange_count
+        self.strange_sides = (
+            self.strange_sides[0] or later.strange_sides[0],
+            self.strange_sides[1] or later.strange_sides[1],
+        )
         self.max_abs, self.max_rel = max(self.max_abs, later.max_abs), max(self.max_rel, later.max_rel)
         self._sum_abs, self._sum_rel = self._sum_abs + later._sum_abs, self._sum_rel + later._sum_rel
         self._dot, self._first = self._dot + later._dot, self._first + later._first
@@ -163,6 +168,8 @@ class Measure:
         strange = ~fine if allowed is None else ~fine & ~(allowed & alike)
         found = np.flatnonzero(strange)
         self.strange_count += len(found)
+        sides = (bool((strange & ~np.isfinite(x)).any()), bool((strange & ~np.isfinite(y)).any()))
+        self.strange_sides = (self.strange_sides[0] or sides[0], self.strange_sides[1] or sides[1])
         if len(found) and self.strange is None:
             at = int(found[0])
             self.strange, self.strange_values = start + at, (float(x[at]), float(y[at]))
@@ -342,7 +349,7 @@ def decide(
     if measure.strange is not None:
         a, b = measure.strange_values
         reason = f"{a:g} and {b:g} ({measure.strange_count} elements that are NaN or infinite on a side)"
-        return Comparison("broken", _strange_side(a, b), reason, **known)
+        return Comparison("broken", _to_blame(distances) or _strange_side(measure), reason, **known)
     return _decide_values(measure, distances, within, rounded, all(floats), names, known)
 
 
@@ -392,9 +399,8 @@ def _to_blame(distances: tuple[Distance | None, Distance | None]) -> str:
     return "both" if len(bad) == 2 else (bad[0] if bad else "")
 
 
-def _strange_side(a: float, b: float) -> str:
-    strange = [not math.isfinite(a), not math.isfinite(b)]
-    return "both" if all(strange) else ("first" if strange[0] else "second")
+def _strange_side(measure: Measure) -> str:
+    return "both" if all(measure.strange_sides) else ("first" if measure.strange_sides[0] else "second")
 
 
 def _shape(tensor: Any) -> tuple[int, ...] | None:

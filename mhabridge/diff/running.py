@@ -86,6 +86,10 @@ def diff(
     if grads:
         call.update(_random_grads(spec, weights, arrays, call, seed))
     prepared = prepare(spec, weights, *arrays, **call)
+    if not prepared.finite:
+        raise ArgumentError(
+            "weights and inputs", given="NaN or an infinity", expected="finite numbers: nothing can be judged by others"
+        )
     exact = named(restore(prepared, reference.attend(spec, weights, prepared.call)))
     if not exact["output"].size:
         raise ArgumentError("inputs", given="no output element (N or L is 0)", expected="something to compare")
@@ -96,7 +100,9 @@ def diff(
     trained: tuple[Step, ...] = ()
     if steps and answers:
         target = np.random.default_rng([seed, 4]).standard_normal(exact["output"].shape)
-        trained = training.train(training.Task(spec, weights, arrays, call, target, steps, timeout=timeout), [*answers])
+        task = training.Task(spec, weights, arrays, call, target, steps, timeout=timeout)
+        trained, failed = training.train(task, [*answers])
+        runs = [_failed_in_training(run, failed.get(run.backend)) for run in runs]
     return DiffReport(
         tuple(runs),
         tuple(entries),
@@ -110,8 +116,12 @@ def diff(
     )
 
 
+def _failed_in_training(run: Run, error: MHABridgeError | None) -> Run:
+    return run if error is None else dataclasses.replace(run, status="failed", reason=f"in training: {error}")
+
+
 def _names(backends: Any) -> list[str]:
-    names = backends.split(",") if isinstance(backends, str) else list(backends)
+    names = [name.strip() for name in backends.split(",")] if isinstance(backends, str) else list(backends)
     if not names:
         raise ArgumentError(
             "backends", given="none", expected="at least one name", advice="See `mhabridge backends list`."
@@ -263,11 +273,11 @@ def _entry(
 def _pairs(answers: dict[str, dict[str, np.ndarray]], entries: list[Entry]) -> list[Entry]:
     """Each two backends beside each other, the worst first."""
     known = {(entry.second, entry.tensor): entry.comparison.distances[1] for entry in entries}
-    pairs = [
-        _entry(tensor, a, b, answers[a].get(tensor), answers[b].get(tensor), (known[a, tensor], known[b, tensor]))
-        for a, b in itertools.combinations(answers, 2)
-        for tensor in answers[a]
-    ]
+    pairs = []
+    for a, b in itertools.combinations(answers, 2):
+        for tensor in dict.fromkeys((*answers[a], *answers[b])):
+            distances = known.get((a, tensor)), known.get((b, tensor))
+            pairs.append(_entry(tensor, a, b, answers[a].get(tensor), answers[b].get(tensor), distances))
     return sorted(pairs, key=lambda pair: (-VERDICTS.index(pair.comparison.verdict), -pair.comparison.max_abs))
 
 

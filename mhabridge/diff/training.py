@@ -27,7 +27,7 @@ from mhabridge import dtypes, mapping
 from mhabridge.backends.registry import backend as find_backend
 from mhabridge.diff.report import Step
 from mhabridge.diff.rounding import SMALLEST_NORMAL
-from mhabridge.errors import ArgumentError, ArgumentTypeError
+from mhabridge.errors import ArgumentError, ArgumentTypeError, MHABridgeError
 from mhabridge.spec import MHASpec
 from mhabridge.weights import MHAWeights
 
@@ -68,21 +68,33 @@ def check(steps: int, names: list[str]) -> None:
         raise ArgumentError("steps", given=f"{steps}, with the reference alone", expected="another backend beside it")
 
 
-def train(task: Task, names: list[str]) -> tuple[Step, ...]:
+def train(task: Task, names: list[str]) -> tuple[tuple[Step, ...], dict[str, MHABridgeError]]:
     """Train each backend, and the first one twice; one ``Step`` for each step and pair.
 
     Args:
         task: what is learnt.
         names: of the backends; with one of them the float64 reference is the other side.
+
+    Returns:
+        The steps, and the errors of backends that could not be trained, by name.
     """
     names = names if len(names) > 1 else [mapping.REFERENCE, *names]
-    trained = {name: _weights_of(name, task) for name in names}
-    grown = _weights_of(names[0], dataclasses.replace(task, weights=nudged(task.weights)))
-    growth = _largest_so_far(_apart(trained[names[0]], grown))
-    pairs = itertools.combinations(names, 2)
-    return tuple(
-        step for a, b in pairs for step in _steps(a, b, _apart(trained[a], trained[b]), growth, task.spec.dtype)
-    )
+    trained: dict[str, list[dict[str, np.ndarray]]] = {}
+    failed: dict[str, MHABridgeError] = {}
+    for name in names:
+        try:
+            trained[name] = _weights_of(name, task)
+        except MHABridgeError as error:
+            failed[name] = error
+    left = list(trained)
+    if len(left) < 2:
+        return (), failed
+    grown = _weights_of(left[0], dataclasses.replace(task, weights=nudged(task.weights)))
+    growth = _largest_so_far(_apart(trained[left[0]], grown))
+    found: list[Step] = []
+    for a, b in itertools.combinations(left, 2):
+        found += _steps(a, b, _apart(trained[a], trained[b]), growth, task.spec.dtype)
+    return tuple(found), failed
 
 
 def _steps(

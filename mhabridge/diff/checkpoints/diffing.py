@@ -76,11 +76,12 @@ def diff_checkpoints(
         first, second = (
             Checkpoint(file, rules, spec, num_heads) for file, rules in zip(files, (rename, None), strict=True)
         )
-        notes = [*settle_blocks(first, second), *note_objects(first, second)]
+        noted, scalars = note_objects(first, second)
+        notes = [*settle_blocks(first, second), *noted]
         laid = lay_out(first, second)
         _compare(laid.items, workers, progress)
         names = (str(a), str(b))
-        entries = tuple(_entry(item, names) for item in laid.items)
+        entries = tuple(_entry(item, names) for item in (*laid.items, *scalars))
         wrong = next((entry.layer for entry in entries if not entry.ok), None)
         diagnoses, searched = explaining.explain(laid.matched, names[1])
         return DiffReport(

@@ -83,9 +83,7 @@ def lay_out(first: Checkpoint, second: Checkpoint) -> Layout:
             one = _side(first, match.first, pair.first)
             other = _side(second, match.second, pair.second)
             items.append(Item(name, pair.tensor, one, other, _at_once(one, other, pair.reshaped)))
-        heads = _heads(match)
-        if heads is not None:
-            items.append(Item(name, "num_heads", None, None, heads))
+        items += [Item(name, field, None, None, found) for field, found in _settings(match, (first, second))]
         matched.append(Matched(name, match, tuple(items)))
         _add(layers, name, match, kind, [*notes, *_own_notes(match)])
     kept, tied = _once([item for one in matched for item in one.items])
@@ -123,9 +121,27 @@ def _at_once(first: Side | None, second: Side | None, reshaped: bool) -> Compari
         zeros = there is not None and len(there.shape) == 1 and all_zero(there.file, there.tensor)
         more = f"; on the {which} it is all zeros" if zeros else ""
         return dataclasses.replace(found, reason=found.reason + more)
-    if first.shape == second.shape or (reshaped and first.tensor.size == second.tensor.size):
+    if first.shape == second.shape or (reshaped and _same_order(first.shape, second.shape)):
         return None
     return decide(first.tensor, second.tensor, Measure())
+
+
+def _same_order(first: tuple[int, ...], second: tuple[int, ...]) -> bool:
+    """Whether two shapes hold the same elements in the same order, as frameworks write convolutions: with axes of size
+    one, or with the groups as an axis of their own.
+
+    Example:
+        >>> _same_order((8, 4, 3), (8, 4, 1, 3)), _same_order((2, 4, 3, 5, 5), (8, 3, 5, 5))
+        (True, True)
+        >>> _same_order((4, 6, 3, 3), (6, 4, 3, 3))
+        False
+    """
+    if len(first) == len(second):
+        return first == second
+    short, long = sorted((first, second), key=len)
+    if [size for size in long if size != 1] == [size for size in short if size != 1]:
+        return True
+    return len(long) == len(short) + 1 and (long[0] * long[1], *long[2:]) == short
 
 
 def _heads(match: Match) -> Comparison | None:
@@ -138,6 +154,26 @@ def _heads(match: Match) -> Comparison | None:
     return dataclasses.replace(found, reason=f"{known[0]} heads and {known[1]}, by what travels with the files")
 
 
+def _settings(match: Match, sides: tuple[Checkpoint, Checkpoint]) -> list[tuple[str, Comparison]]:
+    """What the same weights make another layer, where both files say it and differ."""
+    heads = _heads(match)
+    found = [] if heads is None else [("num_heads", heads)]
+    told = [
+        side.told(group.block)
+        for side, group in zip(sides, (match.first, match.second), strict=True)
+        if group is not None and group.block is not None
+    ]
+    for field in _TOLD if len(told) == 2 else ():
+        values = [known.get(field) for known in told]
+        if all(field in known for known in told) and values[0] != values[1]:
+            reason = f"{values[0]} and {values[1]}, by what travels with the files"
+            found.append((field, Comparison("off", reason=reason)))
+    return found
+
+
+_TOLD = ("scale", "add_zero_attn", "residual")
+
+
 def _own_notes(match: Match) -> list[str]:
     found = []
     for which, group in zip(SIDES, (match.first, match.second), strict=True):
@@ -147,7 +183,7 @@ def _own_notes(match: Match) -> list[str]:
         found += [
             f"{field}: {getattr(blocks[0].spec, field)} on the first side and {getattr(blocks[1].spec, field)} on the "
             "second, by what is known of each"
-            for field in ("scale", "add_zero_attn", "residual")
+            for field in _TOLD
             if getattr(blocks[0].spec, field) != getattr(blocks[1].spec, field)
         ]
     return found
@@ -201,19 +237,32 @@ def _torn(items: Sequence[Item]) -> list[str]:
     return notes
 
 
-def note_objects(first: Checkpoint, second: Checkpoint) -> list[str]:
-    """Notes on entries that are no tensors; a scalar tensor that is such an entry on the other side is taken out."""
+def note_objects(first: Checkpoint, second: Checkpoint) -> tuple[list[str], list[Item]]:
+    """Notes on entries that are no tensors; one that is a scalar tensor on the other side is compared with that."""
     values: list[dict[str, Any]] = []
+    scalars: set[str] = set()
     for one, other in ((first, second), (second, first)):
         own = {entry.name: entry for entry in one.file.objects}
-        values.append({**{name: _value(entry) for name, entry in own.items()}, **one.drop_scalars(other.file.objects)})
-    notes = [f"{name}: {values[0][name]} and {values[1][name]}" for name in values[0] if _differ(name, *values)]
+        dropped = one.drop_scalars(other.file.objects)
+        scalars |= {name for name, array in dropped.items() if array.dtype.kind not in "iub"}  # an epoch is a note
+        numbers = {name: array if name in scalars else array.item() for name, array in dropped.items()}
+        values.append({**{name: _value(entry) for name, entry in own.items()}, **numbers})
+    compared = [
+        Item("", name, None, None, compare(np.asarray(values[0][name]), np.asarray(values[1][name])))
+        for name in values[0]
+        if name in scalars and name in values[1]
+    ]
+    notes = [
+        f"{name}: {values[0][name]} and {values[1][name]}"
+        for name in values[0]
+        if name not in scalars and _differ(name, *values)
+    ]
     for which, mine, theirs in zip(SIDES, values, values[::-1], strict=True):
         alone = [name for name in mine if name not in theirs]
         if alone:
             more = f" and {len(alone) - 8} more" if len(alone) > 8 else ""
             notes.append(f"entries that are no tensors, only on the {which} side: {', '.join(alone[:8])}{more}")
-    return notes
+    return notes, compared
 
 
 def _value(entry: StoredObject) -> Any:

@@ -73,16 +73,16 @@ def match_layers(first: Checkpoint, second: Checkpoint) -> list[Match]:
     one, two = first.groups(), second.groups()
     canonical = _canonical_path(one), _canonical_path(two)
     found: dict[int, Match] = {}
-    free = list(two)
+    free = {id(group): group for group in two}
     for keys in ((_path, _path), (_unwrapped, _unwrapped), canonical):
         left = [group for group in one if id(group) not in found]
-        mine, theirs = _unique(left, keys[0]), _unique(free, keys[1])
+        mine, theirs = _unique(left, keys[0]), _unique(free.values(), keys[1])
         for key in mine.keys() & theirs.keys():
             group, other = mine[key], theirs[key]
             found[id(group)] = Match(group, other, "name" if group.path == group.own_path else "rule")
-            free.remove(other)
+            del free[id(other)]
     matches = [found.get(id(group), Match(group, None)) for group in one]
-    return matches + [Match(None, other) for other in free]
+    return matches + [Match(None, other) for other in free.values()]
 
 
 def _path(group: Group) -> str:

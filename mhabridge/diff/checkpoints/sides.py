@@ -109,13 +109,17 @@ class Checkpoint:
         self.unread.pop(prefix, None)
         return True
 
+    def told(self, block: Block) -> Mapping[str, Any]:
+        """What travels with the file, or what the user says, of an attention layer's spec."""
+        return self.specs.of(block.prefix, self._old_path(block.prefix, block.names[0]))
+
     def drop_scalars(self, objects: Sequence[StoredObject]) -> dict[str, Any]:
         """Take out scalar tensors that are entries without a tensor on the other side; their values by name."""
         found = {}
         for entry in objects:
             tensor = self.tensors.get(entry.name)
             if tensor is not None and tensor.shape == () and as_tensor(entry) is not None:
-                found[entry.name] = self.file.read(self.old_names[entry.name]).item()
+                found[entry.name] = self.file.read(self.old_names[entry.name])
                 del self.tensors[entry.name]
         return found
 

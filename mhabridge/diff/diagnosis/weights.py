@@ -207,13 +207,16 @@ class _Search:
             if factor is None:
                 square = float(np.dot(x, x))
                 factor = float(np.dot(x, y)) / square if square > 0 and math.isfinite(square) else None
+                if factor is not None and not math.isfinite(factor):
+                    return []
                 factor = None if factor is None else self._plain(factor, unit)
             if factor is None:
                 continue
             bound = _UNITS * unit * np.maximum(np.abs(y), np.abs(factor * x)) + 1e-300
-            worst = max(worst, float(np.max(np.abs(y - factor * x) / bound, initial=0.0)))
-            if not worst <= 1.0:
+            times = float(np.max(np.abs(y - factor * x) / bound, initial=0.0))
+            if not times <= 1.0:  # also where one is NaN
                 return []
+            worst = max(worst, times)
         if factor is None or abs(factor - 1) <= _UNITS * unit:
             return []
         self.explains = max(self.explains, worst)
