@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import pathlib
 import sys
 from typing import TYPE_CHECKING, Any
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mhabridge.cli import outputs
+from mhabridge.cli.lazy import LazyGroup
 from mhabridge.mapping import FRAMEWORKS
 
 if TYPE_CHECKING:
@@ -33,27 +33,7 @@ COMMANDS = {
 }
 
 
-class DiffGroup(click.Group):
-    """``mhabridge diff`` by itself compares backends; what else can be compared is a command of its own."""
-
-    def list_commands(self, ctx: click.Context) -> list[str]:
-        """The commands' names, in the order of the table."""
-        return list(COMMANDS)
-
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        """The command, imported now."""
-        if cmd_name not in COMMANDS:
-            return None
-        command: click.Command = importlib.import_module(COMMANDS[cmd_name][0]).command
-        return command
-
-    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """The list of commands in --help, from the table."""
-        with formatter.section("Commands"):
-            formatter.write_dl([(name, line) for name, (_, line) in COMMANDS.items()])
-
-
-@click.group(cls=DiffGroup, invoke_without_command=True, epilog=EXAMPLES)
+@click.group(cls=LazyGroup, table=COMMANDS, invoke_without_command=True, epilog=EXAMPLES)
 @click.option("--backends", default=",".join(FRAMEWORKS), show_default=True, help="Names, joined by commas.")
 @click.option("--embed-dim", type=int, help="E.  [default: 64]")
 @click.option(

@@ -7,7 +7,6 @@ Ctrl-C and 141 when the output's reader went away. With ``MHABRIDGE_TRACEBACK=1`
 from __future__ import annotations
 
 import contextlib
-import importlib
 import os
 import signal
 import sys
@@ -23,12 +22,12 @@ except ImportError:  # pragma: no cover - proved by a test in a clean environmen
     sys.exit(2)
 
 from mhabridge import __version__
+from mhabridge.cli.lazy import LazyGroup
 from mhabridge.errors import BackendError, MHABridgeError
 
 TRACEBACK = "MHABRIDGE_TRACEBACK"
 _LINES = "\n\t"  # a worker's own words may have several
 COMPLETION = "_MHABRIDGE_COMPLETE"
-# name -> (module with a click command called `command`, its line in --help)
 COMMANDS = {
     "backends": ("mhabridge.cli.backends", "List, add, install, remove and check backends."),
     "diff": ("mhabridge.cli.diff", "Judge the difference between backends, checkpoints or recorded runs."),
@@ -40,27 +39,7 @@ COMMANDS = {
 }
 
 
-class LazyGroup(click.Group):
-    """A group that imports a command's module only when that command is run."""
-
-    def list_commands(self, ctx: click.Context) -> list[str]:
-        """The commands' names, in the order of the table."""
-        return list(COMMANDS)
-
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        """The command, imported now."""
-        if cmd_name not in COMMANDS:
-            return None
-        command: click.Command = importlib.import_module(COMMANDS[cmd_name][0]).command
-        return command
-
-    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """The list of commands in --help, from the table."""
-        with formatter.section("Commands"):
-            formatter.write_dl([(name, line) for name, (_, line) in COMMANDS.items()])
-
-
-@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=LazyGroup, table=COMMANDS, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="mhabridge")
 def cli() -> None:
     """Move multi-head attention between frameworks, and prove that it arrived.
