@@ -17,6 +17,7 @@ from mhabridge.cli import tree as trees
 from mhabridge.diff.recordings import diff_recordings, drift, judging, matching
 from mhabridge.errors import ArgumentError, ArgumentTypeError
 from mhabridge.recording.reading import RecordedCall, open_recording
+from mhabridge.spec import MHASpec
 from mhabridge.weights import MHAWeights
 
 from . import recordings
@@ -304,6 +305,7 @@ def test_dropout_is_not_compared(tmp_path: Path) -> None:
     report = diff_recordings(first, rewritten(first, tmp_path / "c", train))
     assert not [entry for entry in report.entries if entry.tensor in ("output", "attn_weights")]
     assert "dropout was active" in notes(report, "layers.0.self_attn")
+    assert report.exit_code == 1
 
 
 def test_nothing_compared_is_not_ok(tmp_path: Path) -> None:
@@ -357,8 +359,13 @@ def plain_model(path: Path, framework: str, wrong: str = "") -> Path:
     names = ("gamma", "beta") if ms else ("weight", "bias")
     epsilon = {"epsilon" if ms else "eps": 1e-3 if wrong == "epsilon" else 1e-5}
     writer.layer("", "my.Model", {}, {})
-    writer.layer("fc", "nn.Dense" if ms else "nn.Linear", {}, {"weight": weight, "bias": bias})
-    writer.layer("norm", "nn.LayerNorm", epsilon, dict(zip(names, (gamma, beta), strict=True)))
+    writer.layer(
+        "fc",
+        "mindspore.nn.layer.basic.Dense" if ms else "torch.nn.modules.linear.Linear",
+        {},
+        {"weight": weight, "bias": bias},
+    )
+    writer.layer("norm", f"{framework}.nn.LayerNorm", epsilon, dict(zip(names, (gamma, beta), strict=True)))
     writer.layer("act", "nn.Mish", {}, {})
     y = x @ weight.T + (0 if wrong == "bias" else bias)
     values = y.astype(np.float64)
@@ -417,6 +424,199 @@ def test_wrong_gradients_diverge_from_the_end(tmp_path: Path) -> None:
     found = comparison(report, "layers.2.self_attn", "grads.query")
     assert (found.verdict, found.side) == ("off", "second")
     assert comparison(report, "layers.3.self_attn", "grads.query").ok
+
+
+# -- one layer by hand -------------------------------------------------------------------------------------------------
+
+
+def alone(
+    path: Path, given: list[np.ndarray], used: list[np.ndarray] | None = None, factor: float = 1.0, **more: Any
+) -> Path:
+    """One call of one attention layer of 16 features, batch first."""
+    spec = MHASpec(16, 4, batch_first=True)
+    weights = MHAWeights.random(spec)
+    gain = more.get("gain", 1.0)
+    weights = dataclasses.replace(weights, q_weight=weights.q_weight * np.float32(gain))
+    writer = Writer(path)
+    settings = {"embed_dim": 16, "num_heads": 4, "batch_first": True, **more.get("settings", {})}
+    writer.layer("attn", recordings.CLASSES["torch"], settings, weights.to_layout("torch", spec))
+    output = reference.attend(spec, weights, recordings.Call(*(used or given))).output.astype(np.float32)
+    arguments = dict(zip(("query", "key", "value"), given, strict=True))
+    writer.call("attn", arguments, [output * np.float32(factor), None], training=more.get("training", False))
+    return writer.end()
+
+
+def test_a_tensor_shared_with_another_input_is_compared(tmp_path: Path) -> None:
+    x, memory = inputs(), inputs()[::-1].copy()
+    first, second = alone(tmp_path / "a", [x, memory, memory]), alone(tmp_path / "b", [x, memory, x])
+    report = diff_recordings(first, second)
+    assert comparison(report, "attn", "inputs.value").verdict == "off"
+    assert diff_recordings(second, second).ok
+
+
+def test_dropout_on_one_side_is_a_difference(tmp_path: Path) -> None:
+    x = [inputs()] * 3
+    on: dict[str, Any] = {"training": True, "settings": {"dropout": 0.1}}
+    first, second = alone(tmp_path / "a", x), alone(tmp_path / "b", x, factor=1.2, **on)
+    report = diff_recordings(first, second)
+    assert comparison(report, "attn", "settings").reason == "dropout active on the second side only"
+    report = diff_recordings(second, second)
+    assert (report.exit_code, report.runs[0].status) == (2, "failed")
+    assert "dropout was active" in report.runs[0].reason
+    report = diff_recordings(second, alone(tmp_path / "c", x, factor=float("nan"), **on))
+    found = comparison(report, "attn", "output")
+    assert (found.verdict, found.side, found.reason, report.exit_code) == ("broken", "second", "NaN or inf", 1)
+
+
+def test_swapped_axes_are_named(tmp_path: Path) -> None:
+    x = np.random.default_rng(1).standard_normal((5, 5, 16)).astype(np.float32)
+    turned = np.ascontiguousarray(x.swapaxes(0, 1))
+    report = diff_recordings(alone(tmp_path / "a", [x] * 3), alone(tmp_path / "b", [turned] * 3))
+    said = notes(report, "attn")
+    assert "batch and sequence are swapped on one side" in said
+    assert "query, key, value: swap the first two axes, or set batch_first" in said
+    assert "look before" not in said
+
+
+def test_what_right_layers_amplify_is_no_fault_of_the_next(tmp_path: Path) -> None:
+    """Sharp attention makes more of a small difference: both answers are right, and so is what follows from them."""
+    paths = []
+    for name, change in (("a", 0.0), ("b", 8 * 2.0**-24)):
+        x = inputs("float32")
+        x = x + np.float32(change) * np.random.default_rng(1).choice([-1, 1], x.shape).astype(np.float32)
+        path = alone(tmp_path / f"one_{name}", [x] * 3, gain=400.0)
+        with open_recording(path) as recording:
+            made = recording.read(recording.calls[0].outputs[0])
+            parameters = recording.parameters(recording.layers["attn"])
+        assert made is not None
+        writer = Writer(tmp_path / name)
+        settings = {"embed_dim": 16, "num_heads": 4, "batch_first": True}
+        writer.layer("attn", recordings.CLASSES["torch"], settings, parameters)
+        writer.layer("after", "my.Same", {}, {})
+        writer.call("attn", {"query": x, "key": x, "value": x}, [made, None])
+        writer.call("after", {"x": made}, [made])
+        paths.append(writer.end())
+    report = diff_recordings(*paths)
+    far = drift.apart(*(open_recording(path).read(open_recording(path).calls[1].outputs[0]) for path in paths))
+    before = drift.Drift()
+    before.add(drift.apart(*(open_recording(path).read(open_recording(path).calls[0].item("query")) for path in paths)))
+    assert before.explains(far, 2.0**-24) != ""
+    assert report.ok, [entry for entry in report.entries if not entry.ok][:3]
+
+
+def one_layer(path: Path, of_class: str, parameters: dict[str, Any], given: Any, made: Any, **settings: Any) -> Path:
+    writer = Writer(path, of_class.partition(".")[0] if of_class.startswith("mindspore") else "torch")
+    writer.layer("fc", of_class, settings, parameters)
+    writer.call("fc", given if isinstance(given, dict) else {"input": given}, [made])
+    return writer.end()
+
+
+def test_a_bias_that_a_dense_layer_lacks_is_broken(tmp_path: Path) -> None:
+    x, weight, bias = inputs(), np.eye(16, dtype=np.float32), np.ones(16, np.float32)
+    linear = {"weight": weight, "bias": bias}
+    first = one_layer(tmp_path / "a", "torch.nn.modules.linear.Linear", linear, x, x + bias)
+    second = one_layer(tmp_path / "b", "mindspore.nn.layer.basic.Dense", {"weight": weight}, x, x)
+    report = diff_recordings(first, second)
+    found = comparison(report, "fc", "bias")
+    assert (found.verdict, found.side) == ("broken", "second")
+    assert "computes something else" not in notes(report, "fc")
+
+
+@pytest.mark.parametrize("blocked", [-1e4, -1e9, np.finfo(np.float32).min, -np.inf])
+def test_masks_of_other_layers_in_another_form(tmp_path: Path, blocked: float) -> None:
+    x = inputs()
+    paths = []
+    floats = np.where(padding(), np.float32(blocked), np.float32(0.0))
+    for name, mask in (("a", padding()), ("b", floats), ("c", ~padding()), ("d", np.where(padding(), -1e9, 0.0))):
+        given = {"x": x, "mask": mask if mask.dtype == bool else mask.astype(np.float32)}
+        paths.append(one_layer(tmp_path / name, "my.Block", {}, given, x))
+    assert diff_recordings(paths[0], paths[1]).ok
+    assert diff_recordings(paths[1], paths[3]).ok
+    assert not diff_recordings(paths[2], paths[1]).ok
+
+
+def test_a_class_of_the_users_own_is_not_judged_by_its_name(tmp_path: Path) -> None:
+    x, weight = inputs(), np.random.default_rng(0).standard_normal((16, 16)).astype(np.float32)
+    paths = [one_layer(tmp_path / name, "my.layers.Linear", {"weight": weight}, x, x @ weight) for name in "ab"]
+    assert diff_recordings(*paths).ok
+    own = [one_layer(tmp_path / n, "torch.nn.Linear", {"weight": weight}, x, x @ weight) for n in "cd"]
+    report = diff_recordings(*own)
+    assert comparison(report, "fc", "output").verdict == "off"
+    assert "computes something else" in notes(report, "fc")
+
+
+@pytest.mark.parametrize(
+    ("kind", "parameters", "given", "made"),
+    [
+        ("Embedding", {"weight": np.zeros((1, 200_000), "f4")}, np.zeros(200_000, "i8"), np.zeros(4, "f4")),
+        ("Linear", {"weight": np.zeros((300_000, 1), "f4")}, np.zeros((300_000, 1), "f4"), np.zeros(4, "f4")),
+        ("Linear", {"weight": np.zeros((3, 4), "f4"), "bias": np.zeros(7, "f4")}, np.zeros((3, 4), "f4"), np.ones(3)),
+        ("Linear", {"weight": np.zeros(4, "f4")}, np.zeros((3, 4), "f4"), np.zeros((3, 3), "f4")),
+        ("LayerNorm", {"weight": np.zeros(0, "f4")}, np.zeros((3, 0), "f4"), np.zeros((3, 0), "f4")),
+    ],
+)
+def test_layers_that_do_not_fit_are_not_computed(
+    tmp_path: Path, kind: str, parameters: dict[str, Any], given: Any, made: Any
+) -> None:
+    path = one_layer(tmp_path / "a", f"torch.nn.{kind}", parameters, given, made, eps=1.0)
+    tracemalloc.start()
+    report = diff_recordings(path, path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 50e6
+    huge = len(made) == 4
+    assert (comparison(report, "fc", "output").verdict == "broken") == huge
+
+
+# -- gradients that are missing ----------------------------------------------------------------------------------------
+
+
+def without(path: Path, target: Path, names: tuple[str, ...], why: str = "") -> Path:
+    def lose(document: Any) -> None:
+        for call in document["calls"]:
+            for name in names or list(call["grads"]):
+                del call["grads"][name]
+                document["left_out"] += [f"calls/{call['index']:06d}/grads/{name}: {why}"] if why else []
+
+    return rewritten(path, target, lose)
+
+
+def test_missing_gradients_are_broken_unless_left_out(tmp_path: Path) -> None:
+    first = record(tmp_path / "a", "torch", encoder("torch", layers=1), grad=True, seed=1).path
+    packed = ("parameters/in_proj_weight",)
+    report = diff_recordings(first, without(first, tmp_path / "b", packed))
+    for name in ("grads.q_weight", "grads.k_weight", "grads.v_weight"):
+        found = comparison(report, "layers.0.self_attn", name)
+        assert (found.verdict, found.side) == ("broken", "second")
+    assert comparison(report, "layers.0.self_attn", "grads.out_weight").ok
+    assert comparison(report, "layers.0.self_attn", "grads.q_bias").ok
+    report = diff_recordings(without(first, tmp_path / "c", packed, "no room"), first)
+    assert (report.exit_code, report.runs[0].status) == (2, "failed")
+    assert "the gradient of q_weight" in report.runs[0].reason
+    assert comparison(report, "layers.0.self_attn", "grads.q_bias").ok
+    assert diff_recordings(first, without(first, tmp_path / "d", ())).exit_code == 1
+
+
+def test_gradients_of_a_layer_that_is_called_twice(tmp_path: Path) -> None:
+    spec = MHASpec(16, 4, batch_first=True)
+    weights = MHAWeights.random(spec)
+
+    def twice(path: Path, times: float) -> Path:
+        writer, x = Writer(path), inputs()
+        settings = {"embed_dim": 16, "num_heads": 4, "batch_first": True}
+        writer.layer("attn", recordings.CLASSES["torch"], settings, weights.to_layout("torch", spec))
+        for _ in range(2):
+            output = reference.attend(spec, weights, recordings.Call(x, x, x)).output.astype(np.float32)
+            grads = {
+                "parameters/in_proj_weight": np.float32(times) * weights.to_layout("torch", spec)["in_proj_weight"]
+            }
+            writer.call("attn", {"query": x, "key": x, "value": x}, [output, None], grads)
+        return writer.end()
+
+    first = twice(tmp_path / "a", 1.0)
+    assert diff_recordings(first, first).ok
+    report = diff_recordings(first, twice(tmp_path / "b", 2.0))
+    assert comparison(report, "attn (call 2)", "grads.q_weight").verdict == "off"
 
 
 # -- single step, pictures, memory -------------------------------------------------------------------------------------

@@ -64,7 +64,7 @@ def diff_recordings(
         gradients, backward = _gradients(steps, walk)
         entries = [entry for step in steps for entry in (*step.entries, *gradients.get(step.layer.name, ()))]
         return DiffReport(
-            tuple(_run(name, side) for name, side in zip(names, (first, second), strict=True)),
+            tuple(_run(*side) for side in zip(names, (first, second), walk.not_whole, strict=True)),
             tuple(entries),
             kind="recordings",
             layers=tuple(step.layer for step in steps),
@@ -95,11 +95,14 @@ def _gradients(steps: list[Step], walk: Walk) -> tuple[dict[str, tuple[Entry, ..
     return found, divergence
 
 
-def _run(name: str, recording: Recording) -> Run:
+def _run(name: str, recording: Recording, not_whole: list[str]) -> Run:
     notes = list(recording.left_out)
     if len(notes) > _MOST_NOTES:
         notes = [*notes[:_MOST_NOTES], f"... and {len(notes) - _MOST_NOTES} more left out"]
     reason = _why_not_whole(recording)
+    if not_whole and not reason:
+        more = f" (and {len(not_whole) - 1} more)" if len(not_whole) > 1 else ""
+        reason = f"not all of it can be compared: {not_whole[0]}{more}"
     status = "failed" if reason else "answered"
     return Run(
         name, recording.framework, recording.version, "", status, reason, tuple(notes), dict(recording.environment)

@@ -17,11 +17,13 @@ from mhabridge.diff.comparing import Comparison, compare
 from mhabridge.diff.judge import Distance
 from mhabridge.diff.recordings.arrays import coarsest, float64
 from mhabridge.diff.recordings.canonical import AttentionCall
-from mhabridge.diff.recordings.drift import Apart, Drift
+from mhabridge.diff.recordings.drift import Apart, Drift, apart
 from mhabridge.diff.recordings.judging import Material, Piece, chosen, distances, known_accuracy
 from mhabridge.diff.report import REFERENCE
 
 _COMPUTED = ("num_heads", "scale", "residual", "add_zero_attn", "add_bias_kv")  # what weights and inputs do not tell
+SWAPPED = "batch and sequence are swapped on one side"
+MEND_SWAPPED = "query, key, value: swap the first two axes, or set batch_first"
 EXACT = Distance("equal", max_error=0.0, mean_error=0.0, times_bound=0.0, times_mean_bound=0.0)
 
 
@@ -49,12 +51,14 @@ class Compared:
     Args:
         found: the tensors, in order.
         notes: what could not be compared, and what is worth knowing.
-        drift: how far apart the inputs are.
+        drift: how far apart the inputs are, and the outputs where each side's is right.
+        not_whole: what could not be compared although it should have been, and on which side (0 or 1) for that.
     """
 
     found: list[Found] = dataclasses.field(default_factory=list)
     notes: list[str] = dataclasses.field(default_factory=list)
     drift: list[Apart] = dataclasses.field(default_factory=list)
+    not_whole: list[tuple[int, str]] = dataclasses.field(default_factory=list)
 
     def add(self, tensor: str, comparison: Comparison, role: str, one_side: str = "") -> None:
         """Add one compared tensor."""
@@ -99,12 +103,18 @@ def _compare_settings(first: AttentionCall, second: AttentionCall, compared: Com
         for name in _COMPUTED
         if getattr(a, name) != getattr(b, name)
     ]
+    if first.random != second.random:
+        said.append(f"dropout active on the {'second' if second.random else 'first'} side only")
+    elif first.training != second.training:
+        compared.notes.append("training mode on one side only; without dropout that changes nothing here")
     if said:
         compared.add("settings", Comparison("off", reason="; ".join(said)), "settings")
     if first.random or second.random:
         compared.notes.append(
             "dropout was active: what the layer answers is random and is not compared; record in evaluation mode"
         )
+    if first.random and second.random:
+        compared.not_whole += [(side, "dropout was active: what it answers is random") for side in (0, 1)]
 
 
 def compare_weights(first: dict[str, np.ndarray], second: dict[str, np.ndarray], compared: Compared) -> None:
@@ -116,11 +126,16 @@ def compare_weights(first: dict[str, np.ndarray], second: dict[str, np.ndarray],
 def _compare_inputs(first: AttentionCall, second: AttentionCall, drift: Drift, compared: Compared) -> None:
     unit = unit_of(first.dtype, second.dtype)
     for name in ("query", "key", "value"):
-        if name in first.shared and name in second.shared:
+        if name in first.shared and first.shared[name] == second.shared.get(name):
             continue
-        comparison, apart = drift.compare(getattr(first, name), getattr(second, name), unit)
+        a, b = getattr(first, name), getattr(second, name)
+        comparison, far = drift.compare(a, b, unit)
+        if not comparison.ok and drift.compare(a, b.swapaxes(0, 1), unit)[0].ok:
+            comparison = dataclasses.replace(comparison, reason=SWAPPED)
         compared.add(f"inputs.{name}", comparison, "inputs")
-        compared.drift.append(apart)
+        compared.drift.append(far)
+    if any(each.comparison.reason == SWAPPED for each in compared.wrong("inputs")):
+        compared.notes.append(f"to mend: {MEND_SWAPPED}")
 
 
 def unit_of(*names: str) -> float:
@@ -201,6 +216,7 @@ def _compare_answers(
     first: AttentionCall, second: AttentionCall, frameworks: tuple[str, str], compared: Compared
 ) -> None:
     if first.random or second.random:
+        _check_random(first, second, compared)
         return
     materials = Material.of(first), Material.of(second)
     pieces = chosen(*materials, (first.output, second.output))
@@ -223,6 +239,23 @@ def _compare_answers(
     _compare_attention_weights(first, second, found, compared)
 
 
+def _check_random(first: AttentionCall, second: AttentionCall, compared: Compared) -> None:
+    """What holds whatever dropout does: the shape of the output, and that it is finite where a row is not masked."""
+    if first.output is None or second.output is None:
+        return
+    for side, call, output in (("first", first, first.output), ("second", second, second.output)):
+        expected = (*call.query.shape[:2], call.layer.spec.out_features)
+        broken = Comparison("broken", side, shapes=(first.output.shape, second.output.shape))
+        if output.shape != expected:
+            reason = f"shape {output.shape}, expected {expected}"
+            compared.add("output", dataclasses.replace(broken, reason=reason), "computed")
+            return
+        alive = ~call.masks.fully_masked(call.layer.spec.extra_columns).any(axis=1)
+        if not dtypes.all_finite(output[alive]):
+            compared.add("output", dataclasses.replace(broken, reason="NaN or inf"), "computed")
+            return
+
+
 def _note_policies(first: AttentionCall, second: AttentionCall, compared: Compared) -> None:
     if first.fully_masked != second.fully_masked:
         compared.notes.append(
@@ -243,6 +276,15 @@ def _compare_output(
     judged = found[0].get("output"), found[1].get("output")
     comparison = compare(first.output, second.output, distances=judged, allowed=allowed)
     compared.add("output", _explained(comparison, compared), "computed")
+    if comparison.ok and all(each is not None for each in judged):
+        compared.drift.append(apart_where_finite(first.output, second.output))
+
+
+def apart_where_finite(first: np.ndarray, second: np.ndarray) -> Apart:
+    """How far two tensors of one shape are apart, over what is finite on both sides."""
+    a, b = float64(first), float64(second)
+    fine = np.isfinite(a) & np.isfinite(b)
+    return apart(np.where(fine, a, 0.0), np.where(fine, b, 0.0))
 
 
 def _nan_rows(first: AttentionCall, second: AttentionCall) -> np.ndarray | None:

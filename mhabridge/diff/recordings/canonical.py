@@ -17,7 +17,7 @@ from mhabridge.checks import check_shapes, sizes_of
 from mhabridge.dialects import translate_call
 from mhabridge.diff.recordings.arrays import coarsest_of
 from mhabridge.errors import ArgumentError, MHABridgeError, UnsupportedError
-from mhabridge.recording.reading import Item, RecordedCall, RecordedLayer, Recording
+from mhabridge.recording.reading import RecordedCall, RecordedLayer, Recording
 from mhabridge.spec import MHASpec
 from mhabridge.weights import MHAWeights
 
@@ -249,41 +249,93 @@ def _policy(output: np.ndarray | None, dead: np.ndarray) -> str:
     return "zero" if dtypes.all_finite(output[rows]) else "nan"
 
 
-def canonical_grads(recording: Recording, call: RecordedCall, layer: Described) -> dict[str, np.ndarray]:
-    """The recorded gradients by canonical name: "query", "q_weight", ..., and "output" for that of the output.
+@dataclasses.dataclass(frozen=True)
+class Grads:
+    """The recorded gradients of one call by canonical name: "query", "q_weight", ..., "output" for that of the output.
 
-    Raises:
-        MHABridgeError: those of the parameters do not fit the layer.
+    Args:
+        arrays: those that are there.
+        left_out: the names of those that the recording says it left out.
+        unread: what is there and cannot be read, and why.
     """
-    fields = {argument.name: argument.field for argument in arguments.dialect(layer.dialect).call_arguments()}
+
+    arrays: dict[str, np.ndarray]
+    left_out: frozenset[str] = frozenset()
+    unread: tuple[str, ...] = ()
+
+
+def canonical_grads(recording: Recording, call: RecordedCall, layer: Described) -> Grads:
+    """The recorded gradients of a call."""
+    names = _names_of_grads(layer)
     found: dict[str, np.ndarray] = {}
     of_parameters: dict[str, np.ndarray] = {}
+    unread = []
     for path, item in call.grads.items():
         kind, _, name = path.partition("/")
-        array = _kept(recording, item)
+        array = recording.read(item)
         if array is None:
             continue
-        if kind == "parameters":
-            of_parameters[name] = array
-        elif kind == "outputs" and name == "0":
-            found["output"] = array
-        elif kind == "arguments" and fields.get(name) in _INPUTS:
-            found[str(fields[name])] = array
+        if kind != "parameters":
+            found.update(dict.fromkeys(names.get(path, ()), array))
+            continue
+        try:
+            of_parameters.update(_parameter_grads(name, array, layer, names.get(path, ())))
+        except MHABridgeError as error:
+            unread.append(f"the gradient of {name}: {error}")
     batched = all(array.ndim == 3 for array in found.values())
     turned = {name: _batch_first(array, layer.spec, batched) for name, array in found.items()}
-    return {**turned, **_parameter_grads(of_parameters, layer)}
+    left_out = [own for path, every in names.items() if _is_left_out(recording, call, path) for own in every]
+    return Grads({**turned, **of_parameters}, frozenset(left_out), tuple(unread))
 
 
-def _kept(recording: Recording, item: Item) -> np.ndarray | None:
-    return recording.read(item)
+def _names_of_grads(layer: Described) -> dict[str, tuple[str, ...]]:
+    """For each path of a gradient in a recording the canonical names of what it holds."""
+    fields = {argument.name: argument.field for argument in arguments.dialect(layer.dialect).call_arguments()}
+    names: dict[str, tuple[str, ...]] = {
+        f"arguments/{name}": (str(field),) for name, field in fields.items() if field in _INPUTS
+    }
+    names["outputs/0"] = ("output",)
+    there = layer.weights.arrays()
+    tensors = packing.find(layer.layout).tensors
+    for tensor in tensors:
+        if packing.CONDITIONS[tensor.when](layer.spec):
+            path = f"parameters/{tensor.name}"
+            names[path] = (*names.get(path, ()), *(part for part in tensor.parts if part in there))
+    for name in ("bias_k", "bias_v"):
+        if name in there and name not in {tensor.name for tensor in tensors}:
+            names[f"parameters/{name}"] = (name,)
+    return names
 
 
-def _parameter_grads(named: dict[str, np.ndarray], layer: Described) -> dict[str, np.ndarray]:
-    if not named:
-        return {}
-    extra = {name: named.pop(name).reshape(-1) for name in _beside(packing.find(layer.layout), named)}
-    spec = layer.spec.replace(dtype=coarsest_of(named.values()), **({"add_bias_kv": False} if extra else {}))
-    try:
-        return {**MHAWeights.from_layout(layer.layout, named, spec).arrays(), **extra}
-    except MHABridgeError:
-        return {}
+def _is_left_out(recording: Recording, call: RecordedCall, path: str) -> bool:
+    """Whether a recording says that it left a gradient out."""
+    item, name = call.grads.get(path), f"calls/{call.index:06d}"
+    if item is not None and item.left_out:
+        return True
+    starts = [f"{name}/grads/{path}:"]
+    starts += [f"{call.layer}: gradients of parameters:"] if path.startswith("parameters/") else []
+    for line in recording.left_out:
+        if line.startswith(tuple(starts)) or line.endswith("more things, for which there was no line"):
+            return True
+        if line.startswith("gradients of ") and (name in line or (" more: " in line and not call.grads)):
+            return True
+    return False
+
+
+def _parameter_grads(name: str, array: np.ndarray, layer: Described, parts: tuple[str, ...]) -> dict[str, np.ndarray]:
+    """What one native tensor holds: the others are taken as zeros, so that one that is missing spoils no other.
+
+    Raises:
+        MHABridgeError: it does not fit the layer.
+    """
+    beside = {part: value for part, value in layer.weights.arrays().items() if part in ("bias_k", "bias_v")}
+    if parts == (name,) and name in beside:
+        return {name: array.reshape(-1)}
+    dtype = coarsest_of([array])
+    layout = packing.find(layer.layout)
+    outside = beside.keys() - {part for tensor in layout.tensors for part in tensor.parts}
+    spec = layer.spec.replace(dtype=dtype, **({"add_bias_kv": False} if outside else {}))
+    weights = dataclasses.replace(layer.weights, **dict.fromkeys(outside)) if outside else layer.weights
+    zeros = {each: np.zeros_like(value) for each, value in weights.astype(dtype).to_layout(layout.name, spec).items()}
+    found = MHAWeights.from_layout(layout.name, {**zeros, name: array}, spec).arrays()
+    return {part: found[part] for part in parts}

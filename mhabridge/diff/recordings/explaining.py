@@ -14,7 +14,7 @@ import numpy as np
 
 from mhabridge import dtypes
 from mhabridge.diff.diagnosis import Diagnosis
-from mhabridge.diff.recordings.attention_calls import Compared, alike
+from mhabridge.diff.recordings.attention_calls import SWAPPED, Compared, alike
 from mhabridge.diff.recordings.canonical import AttentionCall, Described
 from mhabridge.diff.recordings.judging import known_accuracy
 from mhabridge.errors import MHABridgeError
@@ -144,7 +144,10 @@ def _call(should: AttentionCall, there: dict[str, np.ndarray], part: slice) -> d
 def cause(compared: Compared) -> str:
     """What of a layer diverges, in words: what came in, what the layer is, or what it computes."""
     said = []
-    if compared.wrong("inputs"):
+    inputs = compared.wrong("inputs")
+    if any(each.comparison.reason == SWAPPED for each in inputs):
+        said.append(SWAPPED)
+    elif inputs:
         said.append("the inputs differ already: look before this layer")
     for role, words in (("settings", "the settings differ"), ("mask", "the masks differ")):
         if compared.wrong(role):
@@ -152,6 +155,9 @@ def cause(compared: Compared) -> str:
     weights = [each.tensor for each in compared.wrong("weights")]
     if weights:
         said.append(f"the weights differ: {', '.join(weights[:6])}")
-    if compared.wrong("computed"):
+    computed = compared.wrong("computed")
+    if any(each is not None and not each.ok for found in computed for each in found.comparison.distances):
         said.append("the layer computes something else than its inputs and weights say")
+    elif computed:
+        said.append(f"what comes out differs: {', '.join(each.tensor for each in computed[:4])}")
     return "; ".join(said)

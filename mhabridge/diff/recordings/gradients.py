@@ -3,7 +3,7 @@
 The gradient of the output came from later layers and is compared by how far it may have drifted, backwards through the
 model; the others are the layer's own, and each side is held against the float64 reference for the gradient of the
 output that it was given. Those of parameters add up over all calls of a layer, so they are judged where it was called
-once.
+once, and otherwise compared by drift. One that a side lacks is broken, unless its recording says that it was left out.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from mhabridge import dtypes, reference
 from mhabridge.diff.comparing import Comparison, Measure, compare, decide
 from mhabridge.diff.judge import Distance, judge
 from mhabridge.diff.recordings.attention_calls import Compared, unit_of
-from mhabridge.diff.recordings.canonical import AttentionCall
+from mhabridge.diff.recordings.canonical import AttentionCall, Grads
 from mhabridge.diff.recordings.drift import Apart, Drift, apart
 from mhabridge.diff.recordings.judging import Material, Piece, affordable_whole, known_accuracy
 from mhabridge.diff.rounding import SAMPLES, bounds_of, noisy
@@ -63,7 +63,7 @@ class Backward:
 
 def compare_gradients(
     calls: tuple[AttentionCall, AttentionCall],
-    grads: tuple[dict[str, np.ndarray], dict[str, np.ndarray]],
+    grads: tuple[Grads, Grads],
     frameworks: tuple[str, str],
     once: bool,
     compared: Compared,
@@ -72,30 +72,44 @@ def compare_gradients(
 
     Args:
         calls: on both sides.
-        grads: by canonical name, on both sides.
+        grads: on both sides.
         frameworks: of the two.
         once: whether the layer was called once on both sides.
-        compared: where notes go.
+        compared: where notes go, and what is not whole.
     """
-    first, second = grads
-    if not first or not second:
-        if first or second:
-            compared.notes.append("only one side has gradients")
+    arrays = first, second = grads[0].arrays, grads[1].arrays
+    for side, each in enumerate(grads):
+        compared.notes += each.unread
+        compared.not_whole += [(side, why) for why in each.unread]
+    if not (first or second) or any(call.random for call in calls):
         return None
-    judged = [_judged(*side, once) for side in zip(calls, grads, frameworks, strict=True)]
+    judged = [_judged(*side, once) for side in zip(calls, arrays, frameworks, strict=True)]
     comparisons, waiting = {}, {}
     for name in dict.fromkeys((*first, *second)):
         a, b = first.get(name), second.get(name)
         distances = judged[0].get(name), judged[1].get(name)
-        if name not in ("output", *_INPUTS) and not once:
-            continue
         if a is None or b is None:
-            compared.notes.append(f"only one side has the gradient of {name}")
+            if _is_excused(name, grads, compared):
+                continue
+            comparisons[f"grads.{name}"] = compare(a, b)
         elif name != "output" and all(each is not None for each in distances):
             comparisons[f"grads.{name}"] = compare(a, b, distances=distances, allowed=_nan(a, b))
         else:
             waiting[f"grads.{name}"] = _measured(a, b)
     return Backward(comparisons, waiting, unit_of(calls[0].dtype, calls[1].dtype))
+
+
+def _is_excused(name: str, grads: tuple[Grads, Grads], compared: Compared) -> bool:
+    """Whether a gradient that one side lacks is no fault, but makes the comparison less than whole.
+
+    An input may have none on one side: it depends on no parameter, or is the very tensor of another input there.
+    """
+    lacking = 0 if name not in grads[0].arrays else 1
+    if name not in grads[lacking].left_out and name not in _INPUTS:
+        return False
+    compared.notes.append(f"only the {('second', 'first')[lacking]} side has the gradient of {name}")
+    compared.not_whole.append((lacking, f"the gradient of {name} is not there"))
+    return True
 
 
 def _nan(a: np.ndarray, b: np.ndarray) -> np.ndarray | None:

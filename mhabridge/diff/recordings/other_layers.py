@@ -23,6 +23,7 @@ from mhabridge.diff.rounding import SAMPLES, Accuracy, Bound, bounds_of, noisy
 from mhabridge.recording.reading import RecordedCall, RecordedLayer, Recording
 from mhabridge.reference import FLOAT64, Arithmetic
 
+_QUANTIZED = frozenset({"qat", "quantized", "quantizable", "intrinsic"})  # packages of layers that round to integers
 _LARGEST = 1 << 24  # elements of input and output together: more is not computed again
 
 Formula = Callable[[Arithmetic, np.ndarray, Mapping[str, np.ndarray], float], np.ndarray]
@@ -112,7 +113,7 @@ def distance(
         inputs: what it was given, in order.
         output: what it answered.
     """
-    known = KNOWN.get(kind_of(layer))
+    known = KNOWN.get(kind_of(layer)) if _is_native(recording.framework, layer) else None
     if known is None or len(inputs) != 1 or inputs[0].size + output.size > _LARGEST:
         return None
     if (known.formula is _same and call.training) or layer.settings.get(known.refused):
@@ -120,6 +121,9 @@ def distance(
     parameters = parameters_of(recording, layer)
     if not _fits(known, inputs[0], parameters) or (known.module == "norm" and epsilon_of(layer) is None):
         return None
+    shape = _shape(known, inputs[0], parameters)
+    if output.shape != shape:  # before anything is computed: a damaged file must not ask for all of the memory
+        return Distance("broken", f"shape {output.shape}, expected {shape}")
     arrays = [array for array in (*inputs, *parameters.values(), output) if dtypes.name_of(array) in dtypes.FLOATS]
     expected = known_accuracy(recording.framework, coarsest_of(arrays))
     return _judged(known, inputs[0], parameters, epsilon_of(layer) or 0.0, expected, output)
@@ -127,15 +131,31 @@ def distance(
 
 def _fits(known: Known, x: np.ndarray, parameters: Mapping[str, Any]) -> bool:
     """Whether the input can be what such a layer takes; axes that do not fit are another layer's."""
-    if known.module and "weight" not in parameters:
-        return False
+    weight, bias = parameters.get("weight"), parameters.get("bias")
+    if known.module:
+        arrays = [array for array in (weight, bias) if array is not None]
+        if weight is None or not weight.size or not all(dtypes.name_of(each) in dtypes.FLOATS for each in arrays):
+            return False
+        if weight.ndim != (1 if known.module == "norm" else 2) or (bias is not None and bias.shape != weight.shape[:1]):
+            return False
     if known.module == "embedding":
-        rows = len(parameters["weight"])
-        return x.dtype.kind in "iu" and bool(((x >= 0) & (x < rows)).all())
+        return x.dtype.kind in "iu" and bool(((x >= 0) & (x < len(parameters["weight"]))).all())
     if dtypes.name_of(x) not in dtypes.FLOATS or not x.ndim:
         return False
-    features = parameters["weight"].shape[-1] if known.module else x.shape[-1]
-    return bool(x.shape[-1] == features) and (known.module != "norm" or parameters["weight"].ndim == 1)
+    return weight is None or not known.module or bool(x.shape[-1] == weight.shape[-1])
+
+
+def _shape(known: Known, x: np.ndarray, parameters: Mapping[str, Any]) -> tuple[int, ...]:
+    """Of the output."""
+    if known.module == "embedding":
+        return (*x.shape, parameters["weight"].shape[1])
+    return (*x.shape[:-1], parameters["weight"].shape[0]) if known.module == "linear" else x.shape
+
+
+def _is_native(framework: str, layer: RecordedLayer) -> bool:
+    """Whether a class is the framework's own: others may be called the same and compute something else."""
+    package, *parts = layer.of_class.split(".")
+    return package == framework and parts[:1] in (["nn"], ["module"]) and not _QUANTIZED.intersection(parts)
 
 
 def _judged(
@@ -146,7 +166,8 @@ def _judged(
     expected: Accuracy,
     output: np.ndarray,
 ) -> Distance:
-    exact = {"output": float64(known.formula(FLOAT64, x, parameters, epsilon))}
+    with np.errstate(all="ignore"):
+        exact = {"output": float64(known.formula(FLOAT64, x, parameters, epsilon))}
     if not known.rounds:
         unit = dtypes.UNIT_ROUNDOFF[expected.dtype]
         return judge(output, exact["output"], Bound(2.0 * unit * np.abs(exact["output"]), float("inf")))

@@ -13,9 +13,12 @@ from mhabridge import dtypes
 from mhabridge.diff.comparing import Comparison, compare
 from mhabridge.diff.recordings import other_layers
 from mhabridge.diff.recordings.arrays import coarsest_of
-from mhabridge.diff.recordings.attention_calls import Compared, compare_weights, unit_of
+from mhabridge.diff.recordings.attention_calls import Compared, apart_where_finite, compare_weights, unit_of
 from mhabridge.diff.recordings.drift import Drift
+from mhabridge.diff.recordings.matching import kind_of
 from mhabridge.recording.reading import Item, RecordedCall, RecordedLayer, Recording
+
+_BLOCKED = -9984.0  # what -1e4 is in bfloat16: less is meant as -inf in a mask
 
 Side = tuple[Recording, RecordedLayer, RecordedCall]
 
@@ -45,7 +48,10 @@ def compare_plain(first: Side, second: Side, drift: Drift, turned: bool) -> Comp
         ]
         if all(each is not None for each in judged):
             a, b = outputs[0]["output"], _turn(outputs[1]["output"], turned)
-            compared.add("output", compare(a, b, distances=(judged[0], judged[1])), "computed")
+            comparison = compare(a, b, distances=(judged[0], judged[1]))
+            compared.add("output", comparison, "computed")
+            if comparison.ok:
+                compared.drift.append(apart_where_finite(a, b))
             return compared
     for name in _not_asked(first, second, compared):
         for side in outputs:
@@ -62,10 +68,16 @@ def _compare_epsilon(first: RecordedLayer, second: RecordedLayer, compared: Comp
 
 def _compare_parameters(first: Side, second: Side, compared: Compared) -> None:
     found = [other_layers.parameters_of(side[0], side[1]) for side in (first, second)]
-    if found[0].keys() == found[1].keys() or (found[0] and found[1] and first[1].kind == second[1].kind):
+    if found[0].keys() == found[1].keys() or (found[0] and found[1] and _same_names(first[1], second[1])):
         compare_weights(found[0], found[1], compared)
     elif found[0] or found[1]:
         compared.notes.append("the two sides name the parameters differently: they are not compared")
+
+
+def _same_names(first: RecordedLayer, second: RecordedLayer) -> bool:
+    """Whether parameters of the same meaning have the same name: one class, or a kind whose names are translated."""
+    kind = kind_of(first)
+    return first.kind == second.kind or (kind == kind_of(second) and kind in other_layers.KNOWN)
 
 
 def _arguments(call: RecordedCall) -> list[tuple[str, Item]]:
@@ -113,27 +125,27 @@ def _compare_inputs(given: list[list[tuple[str, np.ndarray]]], drift: Drift, tur
     theirs = dict(second)
     by_name = {name for name, _ in first} & theirs.keys()
     for (name, a), (_, other) in zip(first, second, strict=False):
-        a, b = _as_masks(a, theirs[name] if name in by_name else other)
+        a, b = _as_masks(name, a, theirs[name] if name in by_name else other)
         comparison, apart = drift.compare(a, _turn(b, turned), unit_of(coarsest_of([a]), coarsest_of([b])), True)
         compared.add(f"inputs.{name}", comparison, "inputs")
         if dtypes.name_of(a) in dtypes.FLOATS:
             compared.drift.append(apart)
 
 
-def _as_masks(first: np.ndarray, second: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Both as bool where one is, and the other is the same kind of mask as floats: 0, or -inf where that is True."""
-    if first.dtype == np.bool_ and second.dtype != np.bool_:
-        return first, _as_bool(second)
-    if second.dtype == np.bool_ and first.dtype != np.bool_:
-        return _as_bool(first), second
-    return first, second
+def _as_masks(name: str, first: np.ndarray, second: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Both as bool where one is, or the argument is called a mask, and floats are 0 or as good as -inf."""
+    if np.bool_ not in (first.dtype, second.dtype) and "mask" not in name:
+        return first, second
+    a, b = _as_bool(first), _as_bool(second)
+    return (a, b) if a.dtype == b.dtype == np.bool_ else (first, second)
 
 
 def _as_bool(array: np.ndarray) -> np.ndarray:
     if dtypes.name_of(array) not in dtypes.FLOATS:
         return array
     values = dtypes.to_float64(array)
-    return np.asarray(np.isneginf(values)) if ((values == 0.0) | np.isneginf(values)).all() else array
+    blocked = np.asarray(values <= _BLOCKED)
+    return blocked if ((values == 0.0) | blocked).all() else array
 
 
 def _compare_outputs(outputs: list[dict[str, np.ndarray]], drift: Drift, turned: bool, compared: Compared) -> None:

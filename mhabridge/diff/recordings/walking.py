@@ -71,6 +71,7 @@ class Walk:
         self.pictures: list[Picture] = []
         self.divergence: str | None = None
         self.drift = Drift()
+        self.not_whole: tuple[list[str], list[str]] = ([], [])
         self._calls = [_counts(side) for side in (first, second)]
         self._explained: dict[frozenset[str], int] = {}
         self._described: dict[tuple[int, str], Described | MHABridgeError] = {}
@@ -89,6 +90,8 @@ class Walk:
             compared.notes += [] if calls == "plain" else [calls]
         else:
             compared, backward = self._compare(name, pair.first, pair.second, calls)
+        for side, why in compared.not_whole:
+            self.not_whole[side].append(f"{name}: {why}")
         diverges = self._settle(name, compared)
         notes = [explaining.cause(compared), *compared.notes] if diverges else compared.notes
         entries = [self._entry(name, each.tensor, each.comparison, each.one_side) for each in compared.found]
