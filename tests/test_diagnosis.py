@@ -12,11 +12,13 @@ import pytest
 import mhabridge as mb
 from mhabridge import dtypes, reference
 from mhabridge.backends.running import prepare, restore
+from mhabridge.diff.diagnosis import precision, trials
 from mhabridge.diff.diagnosis.computing import Computer
-from mhabridge.diff.diagnosis.evidence import read
+from mhabridge.diff.diagnosis.evidence import choose, read
 from mhabridge.diff.diagnosis.findings import Diagnosis
 from mhabridge.diff.diagnosis.hypotheses import hypotheses
 from mhabridge.diff.diagnosis.search import diagnose
+from mhabridge.diff.diagnosis.trials import Trials
 from mhabridge.diff.inputs import random_inputs, random_masks
 from mhabridge.diff.rounding import Accuracy, named
 from tests import faulty_ports
@@ -219,6 +221,88 @@ def test_a_wrong_factor_is_no_noise(factor: float) -> None:
     found = diagnose(spec, weights, inputs, {}, {"output": output}, Accuracy("float32"))
     assert not found.faults
     assert found.words.startswith("Unexplained")
+
+
+@pytest.mark.parametrize("name", ["q_weight", "k_weight", "v_weight", "v_bias", "out_weight", "output"])
+def test_one_wrong_element_or_an_offset_is_no_noise(name: str) -> None:
+    """As small as half-precision sums would be, but alike in every row, or in few rows only."""
+    spec = mb.MHASpec(embed_dim=64, num_heads=4, batch_first=True)
+    weights, rng = mb.MHAWeights.random(spec, seed=3), np.random.default_rng(0)
+    inputs = (rng.standard_normal((2, 12, 64)).astype("float32"),) * 3
+    wrong = {key: array.copy() for key, array in weights.arrays().items()}
+    if name != "output":
+        wrong[name].reshape(-1)[-30] += np.float32(0.02)
+    output = _answer(spec, mb.MHAWeights(**wrong), inputs)["output"]
+    output = output + np.float32(3e-4) if name == "output" else output
+    case = read(spec, weights, inputs, {}, {"output": output}, Accuracy("float32"))
+    bench = Trials(case).bench()
+    assert bench is not None
+    assert not precision.explanations(case, bench)
+
+
+def test_noise_in_a_few_rows_is_something_else() -> None:
+    spec = mb.MHASpec(embed_dim=64, num_heads=4, batch_first=True)
+    weights, rng = mb.MHAWeights.random(spec, seed=3), np.random.default_rng(0)
+    inputs = (rng.standard_normal((2, 12, 64)).astype("float32"),) * 3
+    output = _answer(spec, weights, inputs)["output"]
+    noise = (rng.standard_normal(output.shape) * 2e-4).astype("float32")
+    for rows, expected in ((12, True), (5, False)):
+        observed = output.copy()
+        observed[:, :rows] += noise[:, :rows]
+        case = read(spec, weights, inputs, {}, {"output": observed}, Accuracy("float32"))
+        bench = Trials(case).bench()
+        assert bench is not None
+        assert bool(precision.explanations(case, bench)) == expected
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("what", ["weights", "all"])
+def test_a_narrower_dtype_inside_is_noise(dtype: str, what: str) -> None:
+    spec = mb.MHASpec(embed_dim=64, num_heads=4, batch_first=True)
+    weights, rng = mb.MHAWeights.random(spec, seed=3), np.random.default_rng(0)
+    inputs = (rng.standard_normal((2, 12, 64)).astype("float32"),) * 3
+
+    def cast(array: np.ndarray) -> np.ndarray:
+        return dtypes.to_float64(dtypes.round_to(array, dtype)).astype("float32")
+
+    narrow = mb.MHAWeights(**{name: cast(array) for name, array in weights.arrays().items()})
+    given = (cast(inputs[0]),) * 3 if what == "all" else inputs
+    output = _answer(spec, narrow, given)["output"]
+    observed = {"output": cast(output) if what == "all" else output}
+    case = read(spec, weights, inputs, {}, observed, Accuracy("float32"))
+    bench = Trials(case).bench()
+    assert bench is not None
+    assert [each.faults[0].name for each in precision.explanations(case, bench)] == ["half-precision accumulation"]
+
+
+# -- how much it costs -------------------------------------------------------------------------------------------------
+
+
+def test_too_many_pairs_are_cut_short_and_that_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    spec, weights, inputs = _case()
+    output = np.random.default_rng(0).standard_normal((2, 5, 32)).astype("float32")
+    monkeypatch.setattr(trials, "WORK", 2e8)
+    found = diagnose(spec, weights, inputs, {}, {"output": output}, Accuracy("float32"))
+    assert found.tried < 3000
+    assert found.words.endswith("what was observed (the search of pairs was cut short).")
+
+
+@pytest.mark.parametrize("sizes", [(1, 4000, 2, 1), (6, 300, 32, 8)])
+def test_of_long_sequences_a_part_is_looked_at(sizes: tuple[int, int, int, int]) -> None:
+    batch, length, features, heads = sizes
+    spec = mb.MHASpec(embed_dim=features, num_heads=heads, batch_first=True)
+    x = np.random.default_rng(0).standard_normal((batch, length, features)).astype("float32")
+    observed = {"output": x.copy()}
+    observed["output"][-1, 3] += 1000.0
+    case = read(spec, mb.MHAWeights.random(spec), (x, x, x), {}, observed, Accuracy("float32"))
+    cut = choose(case)
+    assert cut is not None
+    assert cut.rows is not None
+    assert 3 in cut.rows
+    assert cut.batches is None or batch - 1 in cut.batches
+    elements = len(cut.rows) * (batch if cut.batches is None else len(cut.batches))
+    assert 30 <= elements <= 1e6 / length / heads
+    assert choose(case, "rows") is None or length < 1000
 
 
 # -- the search's own computation --------------------------------------------------------------------------------------

@@ -320,6 +320,21 @@ def test_a_full_disk_ends_the_recording_and_not_the_run(target: Path, reading: R
     assert 3 <= len(found["calls"]) < 9
 
 
+def test_a_journal_that_cannot_even_begin_is_no_journal(target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def few_bytes(self: Journal, *_: Any) -> None:
+        self._file.write(b"MHARE")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Journal, "_write", few_bytes)
+    model = chain()
+    with pytest.raises(CheckpointError, match="No space left"), recorder(model, target):
+        pass
+    assert not list(target.parent.iterdir())
+    monkeypatch.undo()
+    with recorder(model, target):
+        model(X)
+
+
 def test_no_room_for_the_file_leaves_the_journal(
     target: Path, reading: Reading, monkeypatch: pytest.MonkeyPatch
 ) -> None:

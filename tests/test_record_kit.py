@@ -131,6 +131,36 @@ def test_it_records_each_framework_where_only_that_is(framework: str, tmp_path: 
     assert all(each.distances[0] is not None for each in outputs)  # held against float64, not only against itself
 
 
+GRADIENTS = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import mhabridge_record, mindspore, numpy as np
+mindspore.set_context(mode=mindspore.PYNATIVE_MODE)
+model = mindspore.nn.MultiheadAttention(16, 2, batch_first=True)
+model.set_train(False)
+x = mindspore.Tensor(np.random.default_rng(0).standard_normal((2, 5, 16)).astype("float32"))
+with mhabridge_record.record(model, sys.argv[2], grads=True):
+    mindspore.ops.grad(lambda x: (model(x, x, x)[0] ** 2).sum(), 0)(x)
+"""
+
+
+@pytest.mark.frameworks
+@pytest.mark.timeout(300)
+def test_an_old_mindspore_s_gradients_are_recorded(tmp_path: Path) -> None:
+    """Its hooks are given another class of tensors."""
+    infos = [info for info in mb.backends() if info.name == "mindspore@2.0.0"]
+    if not infos:
+        pytest.skip("there is no MindSpore 2.0.0")
+    (tmp_path / "mhabridge_record.py").write_text(kit.compose(["mindspore"]), encoding="utf-8")
+    command = [infos[0].python, "-I", "-c", GRADIENTS, str(tmp_path), str(tmp_path / "a.safetensors")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    contents = open_contents(tmp_path / "a.safetensors")
+    contents.close()
+    assert all("gradients of parameters" in line for line in contents.metadata["left_out"])
+    assert contents.metadata["calls"][0]["grads"].keys() == {"arguments/query", "outputs/0"}
+
+
 def test_it_is_python_3_8() -> None:
     ast.parse(kit.compose(), feature_version=(3, 8))
     for part in kit.PARTS:

@@ -179,7 +179,9 @@ def tap(tensor: Any, tell: Callable[[Any], None]) -> Any:
         return None
 
     def told(grad: Any) -> None:
-        tell(grad[0] if isinstance(grad, tuple) else grad)
+        grad = grad[0] if isinstance(grad, tuple) else grad
+        # Old versions hand the hook the tensor of the C++ layer, which is no mindspore.Tensor.
+        tell(grad if grad is None or is_tensor(grad) else mindspore.Tensor(grad))
 
     return mindspore.ops.HookBackward(told)(tensor)
 

@@ -61,7 +61,12 @@ class Journal:
         self.path = path
         self._file = open(path, "xb", buffering=0)  # noqa: SIM115 - it stays open as long as the recording
         self.size = 0
-        self._write(MAGIC)
+        try:
+            self._write(MAGIC)
+        except BaseException:  # a few bytes say nothing, and would be in the next recording's way
+            self.close()
+            os.unlink(path)
+            raise
 
     def event(self, what: dict[str, Any]) -> None:
         """Append something that happened."""

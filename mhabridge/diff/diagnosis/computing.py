@@ -15,6 +15,8 @@ from mhabridge.diff.diagnosis.state import LARGEST_MEMO, Mask, Memo, State, Tens
 from mhabridge.reference import Arithmetic
 
 EXACT = Arithmetic(np.asarray, np.matmul)  # a state's tensors are float64 already
+LARGE = 8  # a large product takes as long as small ones of so many times fewer multiply-adds
+EXPONENTIAL = 20  # multiply-adds that one element of a softmax takes as long as
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -41,11 +43,16 @@ class Cut:
 
 
 class Computer:
-    """Computes states over one cut, in one arithmetic; what states have in common is computed once."""
+    """Computes states over one cut, in one arithmetic; what states have in common is computed once.
+
+    Attributes:
+        work: how much was computed so far, in multiply-adds of small products, more or less; the same on any machine.
+    """
 
     def __init__(self, arithmetic: Arithmetic = EXACT, cut: Cut | None = None, memo: Memo | None = None) -> None:
         self.arithmetic = arithmetic
         self.cut = Cut() if cut is None else cut
+        self.work = 0.0
         self._memo = Memo() if memo is None else memo
         self._passing = Memo(LARGEST_MEMO // 8)  # what few states have in common, so that it drives out nothing else
         self._outside = Cut(None if cut is None else cut.batches)  # keys and values: all rows of those batch elements
@@ -89,6 +96,7 @@ class Computer:
         if weight is None:
             return context if features is None else context[..., features]
         matrix = self._memo.array(("out", weight.key), lambda: self._columns(weight))
+        self.work += context.size * matrix.shape[-1]
         output = self.arithmetic.matmul(context, matrix)
         if bias is None:
             return output
@@ -99,7 +107,9 @@ class Computer:
         return self.arithmetic.cast(matrix).T
 
     def _context(self, state: State) -> np.ndarray:
-        return self.merge(self.arithmetic.matmul(self.attention(state), self.heads("v", state)), state.merge)
+        attention, value = self.attention(state), self.heads("v", state)
+        self.work += attention.size * value.shape[-1]
+        return self.merge(self.arithmetic.matmul(attention, value), state.merge)
 
     @staticmethod
     def merge(context: np.ndarray, how: str = "") -> np.ndarray:
@@ -130,6 +140,7 @@ class Computer:
         """The scores of (N, H, L, d) and (N, H, S', d)."""
         scale = np.asarray(state.scale).astype(query.dtype)
         scores = self.arithmetic.matmul(query * scale, key.swapaxes(-1, -2))
+        self.work += scores.size * (query.shape[-1] + EXPONENTIAL)
         source = scores.shape[-1] - int(state.bias_row) - int(state.zero_row)
         for mask in state.masks:
             self._apply(mask, scores[..., :source], scale)
@@ -195,6 +206,7 @@ class Computer:
         """Y = X @ W^T."""
         if weight.rows is None or self.arithmetic is not EXACT:
             x = self.arithmetic.cast(cut.of(given.array))
+            self.work += x.size * weight.shape[0] / LARGE
             return self.arithmetic.matmul(x, self.arithmetic.cast(weight.array).T)
         sources, index = weight.rows
         parts = [self._kept(given, cut, source) for source in sources]

@@ -27,6 +27,10 @@ FILTER_FEATURES = 64
 FILTER_LARGE = 16_384  # keys by features beyond which it looks at fewer rows still
 FILTER_SAMPLES = 4  # its bounds are a yardstick only
 VERIFY_FLOPS = 6e7  # of one computation of what is judged with full bounds
+FEW_ROWS = 32  # before there are fewer than those, fewer batch elements are looked at
+VERIFY_SCORES = 1e6  # attention weights of such a computation; each is drawn many times
+MIXED_SCORES = 3e6  # the same of what cannot be cut
+SCORES = 4e6  # attention weights that are computed at once where the whole call is looked at
 MIXED_FLOPS = 1e9  # of one computation that cannot be cut; a larger one is not tried
 _ARGUMENTS = (
     "key_padding_mask",
@@ -70,9 +74,9 @@ class Case:
         return weights is not None and weights.ndim == 4
 
     @functools.cached_property
-    def clean(self) -> Bench:
-        """The whole call, as it should be, without bounds; for looking where it is off most."""
-        return Bench(self, Cut(), bounds=False)
+    def off(self) -> np.ndarray:
+        """How far off each row is from the computation as it should be, (N, L); infinite where only one is finite."""
+        return _where_off(self)
 
 
 def read(
@@ -175,7 +179,8 @@ def choose(case: Case, mixes: str = "", filtering: bool = False) -> Cut | None:
     row = 4.0 * features**2 + 4.0 * sizes.source * features
     if mixes:
         least = (source + sizes.target * row) * (sizes.batch if mixes == "batches" else 1)
-        if least > MIXED_FLOPS:
+        whole = case.spec.num_heads * sizes.target * sizes.source * (sizes.batch if mixes == "batches" else 1)
+        if least > MIXED_FLOPS or whole > MIXED_SCORES:
             return None
     if mixes == "batches":
         return Cut()
@@ -187,7 +192,10 @@ def choose(case: Case, mixes: str = "", filtering: bool = False) -> Cut | None:
     elif count * (source + rows * row) > VERIFY_FLOPS:
         count = min(count, max(2, int(VERIFY_FLOPS / (source + rows * row))))
         rows = rows if mixes else min(rows, max(32, int((VERIFY_FLOPS / count - source) / row)))
-    error = _where_off(case) if count < sizes.batch or rows < sizes.target else None
+    scores = case.spec.num_heads * sizes.source
+    count = max(1, min(count, int(VERIFY_SCORES / (scores * min(rows, FEW_ROWS)))))
+    rows = rows if mixes else max(1, min(rows, int(VERIFY_SCORES / (scores * count))))
+    error = case.off if count < sizes.batch or rows < sizes.target else None
     wide = filtering and case.spec.out_features > FILTER_FEATURES
     return Cut(
         batches=None if error is None or count == sizes.batch else _worst(error.max(axis=1), count),
@@ -198,9 +206,19 @@ def choose(case: Case, mixes: str = "", filtering: bool = False) -> Cut | None:
 
 def _where_off(case: Case) -> np.ndarray:
     """How far off each row is, (N, L); infinite where NaN or inf is on one side only."""
-    exact, total = case.clean.computer.run(case.state), np.zeros((case.sizes.batch, case.sizes.target))
-    for name, array in case.observed.items():
-        observed = dtypes.to_float64(array)
+    total = np.zeros((case.sizes.batch, case.sizes.target))
+    step = max(1, int(SCORES / (case.spec.num_heads * case.sizes.source)))
+    for number in range(case.sizes.batch):
+        for start in range(0, case.sizes.target, step):
+            rows = np.arange(start, min(start + step, case.sizes.target))
+            total[number, rows] = _rows_off(Bench(case, Cut(np.array([number]), rows), bounds=False))[0]
+    return total
+
+
+def _rows_off(bench: Bench) -> np.ndarray:
+    exact = bench.computer.run(bench.case.state, "attn_weights" in bench.observed)
+    total = np.zeros(bench.cut.of(np.empty((bench.case.sizes.batch, bench.case.sizes.target, 0))).shape[:2])
+    for name, observed in bench.observed.items():
         if observed.shape != exact[name].shape:
             continue
         with np.errstate(invalid="ignore"):
@@ -249,6 +267,7 @@ class Bench:
     def __init__(self, case: Case, cut: Cut, bounds: bool = True, samples: int = SAMPLES) -> None:
         self.case, self.cut = case, cut
         self._samples = samples
+        self._drawn = 0.0  # work of noisy computations
         self.computer = Computer(cut=cut)
         self.native = {name: self._part(name, array) for name, array in case.observed.items()}
         self.observed = {name: dtypes.to_float64(array) for name, array in self.native.items()}
@@ -285,7 +304,13 @@ class Bench:
         for _ in range(self._samples):
             computer = Computer(noisy(expected, rng), self.cut)
             samples.append(computer.run(state, "attn_weights" in exact))
+            self._drawn += computer.work
         return bounds_of(exact, samples, expected.dtype)
+
+    @property
+    def work(self) -> float:
+        """How much was computed on it so far, as ``Computer.work`` counts."""
+        return self.computer.work + self._drawn
 
     def misfit(self, state: State, limit: float = math.inf) -> float:
         """How far off a state is: the root mean square of error over clean bound, of the worse tensor.

@@ -121,8 +121,9 @@ def _deeper(named: Diagnosis, trials: Trials, rooted: Sequence[Trials]) -> Diagn
     if found:
         return _explained(named, found, tried)
     strange = f"; the shape of {', '.join(case.strange)} does not fit the call" if case.strange else ""
+    short = " (the search of pairs was cut short)" if trials.cut_short else ""
     return _unexplained(
-        named, tried, f"none of the known faults, and no two of them, explain what was observed{strange}"
+        named, tried, f"none of the known faults, and no two of them, explain what was observed{strange}{short}"
     )
 
 

@@ -21,6 +21,8 @@ FAR = 100.0  # times the clean bound that a right hypothesis is never off: its o
 NEAR = 3.0  # times as far off as the best one: not worth full bounds
 MOST, LEAST = 30_000, 3_000  # pairs with a rare fault that are tried in a stage, by how much each costs
 FLOPS = 8e9  # of such a stage, more or less
+WORK = 1.5e10  # of all pairs, as ``Computer.work`` counts; that takes about five seconds
+CANDIDATE = 2e5  # of that, what a candidate costs besides what is computed for it
 BASES = 24  # single faults after which the order of heads is looked for, or more
 MOST_ORDERS = 3_200  # of such faults by H^2
 
@@ -68,6 +70,8 @@ class Trials:
     def __init__(self, case: Case, root: Fault | None = None) -> None:
         self.case, self.root = case, root
         self.tried = 0
+        self.cut_short = False  # not all pairs were tried
+        self._most_work = math.inf
         self._benches: dict[Hashable, Bench] = {}
         self._chosen: dict[tuple[str, bool], Bench | None] = {}
 
@@ -101,7 +105,8 @@ class Trials:
         return self._verified(self._ranked(candidates))
 
     def pairs(self) -> list[Explanation]:
-        """Pairs of faults that explain it, the likeliest first."""
+        """Pairs of faults that explain it, the likeliest first; ``cut_short`` tells if they were too many."""
+        self._most_work = self._work() + WORK
         effective = [each for each in self._effective() if not each[0].alone]
         usual = [each for each in effective if not each[0].rare]
         rare = [each for each in effective if each[0].rare]
@@ -115,9 +120,12 @@ class Trials:
         )
         for stage in stages:
             found = self._verified(self._ranked(stage))
-            if found:
+            if found or self.cut_short:
                 return found
         return []
+
+    def _work(self) -> float:
+        return sum(bench.work for bench in self._benches.values()) + CANDIDATE * self.tried
 
     def _most(self) -> int:
         bench, sizes = self._filter(self.case.state), self.case.sizes
@@ -194,6 +202,9 @@ class Trials:
         limit = min(FAR, 0.9 * clean) if self.root is None else FAR
         best: list[tuple[float, int, Candidate]] = []  # a heap, the worst first
         for number, candidate in enumerate(candidates):
+            if self._work() > self._most_work:
+                self.cut_short = True
+                break
             misfit = self._misfit(candidate.state, limit)
             if misfit > limit:
                 continue
