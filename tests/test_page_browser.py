@@ -26,6 +26,8 @@ from mhabridge.diff.page.drawing import drawn, key
 from mhabridge.diff.report import DiffReport, Run
 from tests import reports
 
+pytestmark = pytest.mark.frameworks  # once, beside the frameworks: a browser knows no NumPy
+
 Open = Callable[..., Any]
 READBACK = "willReadFrequently"  # Chromium's advice about this test's own looks at the pixels
 KINDS: dict[str, Callable[[], DiffReport]] = {

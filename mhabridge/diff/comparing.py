@@ -145,7 +145,7 @@ class Measure:
             if not _all_finite(a):
                 return False
             x = _exactly(a)
-            with np.errstate(over="ignore"):
+            with np.errstate(over="ignore", invalid="ignore"):
                 square = float(np.dot(x, x))
         self._dot, self._first, self._second = self._dot + square, self._first + square, self._second + square
         if self.worst is None and a.size:
@@ -178,7 +178,7 @@ class Measure:
         x, y = np.where(fine, x, 0.0), np.where(fine, y, 0.0)
         larger = np.maximum(np.abs(x), np.abs(y))
         relative = np.divide(apart, larger, out=np.zeros_like(apart), where=larger > 0)
-        with np.errstate(over="ignore"):
+        with np.errstate(over="ignore", invalid="ignore"):
             self._dot, self._first = self._dot + float(np.dot(x, y)), self._first + float(np.dot(x, x))
             self._second += float(np.dot(y, y))
         self._sum_abs, self._sum_rel = self._sum_abs + float(apart.sum()), self._sum_rel + float(relative.sum())
@@ -250,9 +250,9 @@ def _exactly(a: np.ndarray) -> np.ndarray:
 def _apart(a: np.ndarray, b: np.ndarray, x: np.ndarray, y: np.ndarray, fine: np.ndarray) -> np.ndarray:
     """|a - b| in float64; integers are subtracted the way round that does not wrap."""
     if a.dtype.kind in "iub" and b.dtype == a.dtype and a.dtype.itemsize == 8:
-        with np.errstate(over="ignore"):  # modulo 2**64, then read without sign: exact
+        with np.errstate(over="ignore", invalid="ignore"):  # modulo 2**64, then read without sign: exact
             return np.asarray(np.where(a > b, a - b, b - a).view(np.uint64).astype(np.float64))
-    with np.errstate(over="ignore"):
+    with np.errstate(over="ignore", invalid="ignore"):
         return np.asarray(np.abs(np.where(fine, x, 0.0) - np.where(fine, y, 0.0)))
 
 
