@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 
 from mhabridge.checkpoint.formats import megengine, torch_zip
+from mhabridge.checkpoint.planning import origins
+from mhabridge.checkpoint.planning.origins import Dialect
 from mhabridge.checkpoint.storage.stored import StoredObject
 from mhabridge.checkpoint.storage.writing import Outgoing, Sink, passed_through
 from mhabridge.errors import CheckpointError
@@ -122,7 +124,7 @@ def test_dtypes_without_a_home_are_refused(tmp_path):
 
 def test_odd_dtypes_are_noted():
     tensors = all_tensors()
-    notes = " ".join(megengine.notes_on(tensors))
+    notes = " ".join(origins.notes_on_dtypes(Dialect("megengine"), [(each.name, each.dtype) for each in tensors]))
     assert "float64 (double)" in notes
     assert "int64 (int64)" in notes
     assert "float32 (" not in notes

@@ -31,16 +31,6 @@ _LARGE = 2**32  # bytes that need an 8-byte length
 # What the first opcodes of dicts and lists look like in protocols 0 and 1, which have no header.
 _OLD_STARTS = (b"ccollections\n", b"(dp", b"(lp", b"}q", b"]q", b"cnumpy", b"(i")
 
-# What megengine 1.13 does with the arrays of a file (measured; Module.load_state_dict takes float32 and float16 only).
-_ODD = {
-    "float16": "load_state_dict makes the parameter float16 without a word.",
-    "bfloat16": "load_state_dict refuses it; megengine.tensor() takes it.",
-    "float64": "load_state_dict refuses it; megengine.tensor() makes it float32 without a word.",
-    "int64": "load_state_dict refuses it; megengine.tensor() makes it int32 without a word.",
-    "uint32": "MegEngine has no tensors of it.",
-    "uint64": "MegEngine has no tensors of it.",
-}
-
 
 def sniff(head: bytes) -> bool:
     r"""Whether a file begins as a pickle does; PyTorch's legacy files do too, so ask ``torch_legacy.sniff`` before.
@@ -114,24 +104,6 @@ def write(
             memo[same] = len(memo)
             sink.write(emitting.remember(memo[same]))
     sink.write(after + emitting.STOP)
-
-
-def notes_on(tensors: Sequence[Outgoing]) -> list[str]:
-    """What MegEngine will do with tensors of dtypes that it treats in its own way.
-
-    Example:
-        >>> notes_on([Outgoing("step", "int64", (), lambda sink: None)])
-        ['int64 (step): load_state_dict refuses it; megengine.tensor() makes it int32 without a word.']
-    """
-    found: dict[str, list[str]] = {}
-    for tensor in tensors:
-        if tensor.dtype in _ODD:
-            found.setdefault(tensor.dtype, []).append(tensor.name)
-    return [f"{dtype} ({_few(names)}): {_ODD[dtype]}" for dtype, names in found.items()]
-
-
-def _few(names: list[str]) -> str:
-    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
 
 
 def _written(tensors: Sequence[Outgoing]) -> int:

@@ -99,12 +99,6 @@ class AttentionCall:
             said.append("is_causal")
         return ", ".join(said) or "no mask"
 
-    def own_axes(self, array: np.ndarray) -> np.ndarray:
-        """From batch first to how the layer was called."""
-        if not self.batched:
-            return np.asarray(array[0])
-        return array if self.layer.spec.batch_first else array.swapaxes(0, 1)
-
 
 def describe(recording: Recording, layer: RecordedLayer) -> Described:
     """The spec and weights of a recorded attention layer.
