@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import subprocess
+import sys
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +14,7 @@ import pytest
 
 from mhabridge import MHASpec, MHAWeights
 from mhabridge.checkpoint.conversion import convert_checkpoint
+from mhabridge.checkpoint.storage import crc
 from mhabridge.checkpoint.storage.comparing import same_bits
 from mhabridge.checkpoint.storage.stored import Extent, StoredFile, StoredTensor
 from mhabridge.errors import CheckpointError
@@ -130,3 +135,15 @@ def test_a_forgotten_transpose_is_seen(tmp_path: Path) -> None:
     with stored(tmp_path / "x", square) as mine, stored(tmp_path / "y", square, strides=(1, 64)) as theirs:
         assert not same_bits(mine, mine["a"], theirs, theirs["a"])
         assert not same_bits(theirs, theirs["a"], mine, mine["a"])
+
+
+def test_both_libraries_add_up_alike() -> None:
+    """The fast one is what is installed here; without it zlib does the same, only more slowly."""
+    assert crc.crc32.__module__ == "isal.isal_zlib"
+    without = "import sys, zlib; sys.modules['isal'] = None; from mhabridge.checkpoint.storage.crc import crc32"
+    subprocess.run([sys.executable, "-c", f"{without}; assert crc32 is zlib.crc32"], check=True)
+    data = np.random.default_rng(0).bytes(100_001)
+    found = 0
+    for start, stop in itertools.pairwise([0, 1, 7, 4096, 99_999, len(data)]):
+        found = crc.crc32(memoryview(data)[start:stop], found)
+    assert found == zlib.crc32(data)

@@ -9,7 +9,6 @@ import itertools
 import math
 import operator
 import os
-import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from mhabridge.checkpoint.formats import npy_header, scalars
 from mhabridge.checkpoint.formats.npy_header import Header
 from mhabridge.checkpoint.formats.zips import STORED, Archive, Member
 from mhabridge.checkpoint.storage import checking
+from mhabridge.checkpoint.storage.crc import crc32
 from mhabridge.checkpoint.storage.packed import Deflated
 from mhabridge.checkpoint.storage.stored import CHUNK, ITEM_SIZES, Extent, StoredFile, StoredObject, StoredTensor
 from mhabridge.errors import CheckpointError
@@ -114,7 +114,7 @@ class _Reader:
         if packed:
             self.files.append(packed)
         extent = Extent(len(self.files) - 1, header.length, size) if packed else Extent(0, start + header.length, size)
-        checksum = None if packed else (zlib.crc32(head(header.length)), member.crc)
+        checksum = None if packed else (crc32(head(header.length)), member.crc)
         self.tensors.append(
             StoredTensor(name, header.dtype, header.shape, (extent,), name, 0, strides, header.big_endian, checksum)
         )
@@ -127,7 +127,7 @@ class _Reader:
         crc = 0
         for offset in range(0, member.size, CHUNK):
             piece = os.pread(self.descriptor, min(CHUNK, member.size - offset), start + offset)
-            crc = zlib.crc32(piece, crc)
+            crc = crc32(piece, crc)
         if crc != member.crc:
             raise damaged(self.path, f"{member.name} has a Bad CRC-32")
 

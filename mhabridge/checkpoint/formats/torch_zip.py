@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from mhabridge.checkpoint.pickled.spill import Spill
 from mhabridge.checkpoint.pickled.torch_tensors import Storage
 from mhabridge.checkpoint.pickled.values import Interpreter
 from mhabridge.checkpoint.storage import checking
+from mhabridge.checkpoint.storage.crc import crc32
 from mhabridge.checkpoint.storage.stored import CHUNK, ITEM_SIZES, Extent, StoredFile, StoredTensor
 from mhabridge.checkpoint.storage.streams import ByteStream
 from mhabridge.errors import CheckpointError
@@ -175,7 +175,7 @@ class _Records:
     def _require_crc(self, member: Member, start: int) -> None:
         stream, crc = ByteStream(self._descriptor, self._path, start, start + member.size), 0
         while stream.left:
-            crc = zlib.crc32(stream.take(min(stream.left, CHUNK)), crc)
+            crc = crc32(stream.take(min(stream.left, CHUNK)), crc)
         if member.crc and crc != member.crc:
             raise self._archive.damaged(f"{member.name!r} with CRC-32 {crc:08x} instead of {member.crc:08x}")
 

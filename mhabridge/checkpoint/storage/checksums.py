@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import zlib
 from typing import TYPE_CHECKING
 
 from mhabridge.checkpoint.storage.blocks import Scratch
+from mhabridge.checkpoint.storage.crc import crc32
 from mhabridge.checkpoint.storage.files import Extent
 from mhabridge.errors import CheckpointError
 
@@ -78,7 +78,7 @@ class Running:
 
     def add(self, piece: bytes | memoryview) -> None:
         """The next bytes."""
-        self._crc = zlib.crc32(piece, self._crc)
+        self._crc = crc32(piece, self._crc)
 
     def require(self, file: StoredFile) -> None:
         """Compare it, once all was added.

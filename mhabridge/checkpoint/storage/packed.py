@@ -11,6 +11,7 @@ import tempfile
 import zlib
 from pathlib import Path
 
+from mhabridge.checkpoint.storage.crc import crc32
 from mhabridge.checkpoint.storage.regular import open_regular
 from mhabridge.errors import CheckpointError
 
@@ -90,7 +91,7 @@ class Deflated:
                 if not piece and not packed:
                     break
                 _write_all(descriptor, piece)
-                packed, size, crc = inflate.unconsumed_tail, size + len(piece), zlib.crc32(piece, crc)
+                packed, size, crc = inflate.unconsumed_tail, size + len(piece), crc32(piece, crc)
         return size, crc
 
     def _damaged(self, why: str) -> CheckpointError:

@@ -8,7 +8,6 @@ process's memory, and a file that shrinks while it is mapped kills the process.
 from __future__ import annotations
 
 import dataclasses
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -19,6 +18,7 @@ import numpy as np
 from mhabridge import dtypes
 from mhabridge.checkpoint.storage import blocks
 from mhabridge.checkpoint.storage.checksums import Checksum
+from mhabridge.checkpoint.storage.crc import crc32
 from mhabridge.checkpoint.storage.files import Extent as Extent
 from mhabridge.checkpoint.storage.files import OpenFiles, after
 from mhabridge.checkpoint.storage.packed import Deflated
@@ -152,7 +152,7 @@ class StoredFile(Mapping[str, StoredTensor]):
             for offset in range(0, extent.length, len(buffer)):
                 piece = buffer[: min(len(buffer), extent.length - offset)]
                 self._open.fill([piece], extent, offset)
-                crc = zlib.crc32(piece, crc) if tensor.checksum else 0
+                crc = crc32(piece, crc) if tensor.checksum else 0
                 yield piece
         self._require_checksum(tensor, tensor.nbytes, crc)
 
@@ -208,7 +208,7 @@ class StoredFile(Mapping[str, StoredTensor]):
 
     def _sum_up(self, tensor: StoredTensor, array: np.ndarray) -> None:
         if tensor.checksum:
-            self._require_checksum(tensor, array.nbytes, zlib.crc32(bytes_of(array), tensor.checksum[0]))
+            self._require_checksum(tensor, array.nbytes, crc32(bytes_of(array), tensor.checksum[0]))
 
     def _require_checksum(self, tensor: StoredTensor, length: int, crc: int) -> None:
         """The checksum covers the whole storage: it says nothing of a part of it."""

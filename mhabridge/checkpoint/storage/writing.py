@@ -10,11 +10,11 @@ import dataclasses
 import errno
 import math
 import os
-import zlib
 from collections.abc import Callable
 
 from mhabridge.checkpoint.storage import reserving
 from mhabridge.checkpoint.storage.blocks import Scratch
+from mhabridge.checkpoint.storage.crc import crc32
 from mhabridge.checkpoint.storage.parallel import WORTH_A_THREAD, Stopped, Workers
 from mhabridge.checkpoint.storage.stored import CHUNK, ITEM_SIZES, Extent, StoredFile, StoredTensor
 from mhabridge.errors import CheckpointError
@@ -48,7 +48,7 @@ class Sink:
         while left:
             piece = left[: CHUNK - self.position % CHUNK]  # so that pages are written whole
             if self._crc is not None:
-                self._crc = zlib.crc32(piece, self._crc)
+                self._crc = crc32(piece, self._crc)
             self._write_all(piece)
             left = left[len(piece) :]
 
