@@ -13,6 +13,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mhabridge import dtypes
+from mhabridge.diff.bits import are_copies
 from mhabridge.diff.comparing import Comparison, Measure, compare
 from mhabridge.diff.judge import Distance
 from mhabridge.errors import ArgumentError
@@ -58,9 +60,11 @@ def with_at(index: tuple[int, int], value: float) -> np.ndarray:
         (np.zeros((0, 3), np.float32), np.zeros((0, 3), np.float32), "equal", "", ""),
         (np.array([True]), np.array([True]), "equal", "", ""),
         (np.float32([0.0, 1.0]), np.float32([-0.0, 1.0]), "rounding", "", "zeros of another sign"),
-        (X, X.astype(np.float16), "rounding", "", "one is the other, rounded"),
-        (X.astype(ml_dtypes.bfloat16), X, "rounding", "", "one is the other, rounded"),
+        (X, X.astype(np.float16), "rounding", "", "the same numbers, rounded"),
+        (X.astype(ml_dtypes.bfloat16), X, "rounding", "", "the same numbers, rounded"),
         (X, (X * np.float32(1.01)).astype(np.float16), "off", "", "differs"),
+        (X.astype(np.float16), X.astype(ml_dtypes.bfloat16), "rounding", "", "the same numbers, rounded"),
+        (X.astype(np.float16), (X * np.float32(1.01)).astype(ml_dtypes.bfloat16), "off", "", "differs"),
     ],
 )
 def test_verdicts_without_a_reference(first: Any, second: Any, verdict: str, side: str, words: str) -> None:
@@ -68,6 +72,19 @@ def test_verdicts_without_a_reference(first: Any, second: Any, verdict: str, sid
     assert (found.verdict, found.side) == (verdict, side), found
     assert words in found.reason
     assert found.ok == (verdict in ("equal", "rounding"))
+
+
+@given(st.lists(st.floats(-65000, 65000, width=32), min_size=1), st.floats(2.0**-7, 1))
+def test_halves_of_both_kinds_are_copies_of_the_numbers_they_were(values: list[float], further: float) -> None:
+    """Rounding one of them to the other would often miss by one number."""
+    numbers = np.float32(values)
+    half, brain = numbers.astype(np.float16), numbers.astype(ml_dtypes.bfloat16)
+    assert are_copies(half, brain)
+    assert are_copies(dtypes.to_words(brain), half)
+    assert are_copies(numbers, dtypes.to_words(brain))
+    moved = np.append(numbers, 1).astype(np.float16)
+    other = np.append(numbers, 1 + 2.0**-6 + further).astype(ml_dtypes.bfloat16)
+    assert not are_copies(moved, other)
 
 
 def test_integers_do_not_wrap_around() -> None:

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from mhabridge import dtypes
 from mhabridge.diff import sums
+from mhabridge.diff.bits import same_bits
 from mhabridge.diff.comparing import Comparison, Measure, compare
 
 KINDS = ["f2", ml_dtypes.bfloat16, "f4", "f8", "u1", "i1", "i2", "i4", "i8", "?"]
@@ -120,3 +121,17 @@ def test_what_is_strange_is_joined_too() -> None:
     second.add(np.array([1.0, np.nan]), np.array([1.0, 2.0]))
     first.join(second)
     assert (first.strange, first.strange_count, first.same) == (4, 1, False)
+
+
+@pytest.mark.parametrize("kind", ["f2", "f4", "f8"])
+@pytest.mark.parametrize("of_zeros", [False, True])
+def test_arrays_are_written_over_only_when_they_are_spent(kind: str, of_zeros: bool) -> None:
+    first, second = drawn(kind, 0), drawn(kind, 1)
+    if of_zeros:
+        first[100:200] = second[100:200] = 0
+    kept = first.copy(), second.copy()
+    expected = sums.of(first, second)
+    assert expected is not None
+    assert same_bits(first, kept[0])
+    assert same_bits(second, kept[1])
+    assert sums.of(first, second, spent=True) == expected

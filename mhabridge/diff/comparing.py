@@ -15,12 +15,12 @@ import numpy as np
 
 from mhabridge import dtypes
 from mhabridge.diff import sums
+from mhabridge.diff.bits import are_copies, same_bits
 from mhabridge.diff.judge import Distance, plain_number
 from mhabridge.errors import ArgumentError
 
 VERDICTS = ("equal", "rounding", "off", "broken")
 _NAN = float("nan")
-_FIRST = 1024  # words that are looked at first: most tensors that differ do there
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,13 +87,16 @@ class Measure:
         self.strange_count = 0
         self.strange_sides: tuple[bool, bool] = (False, False)
 
-    def add(self, first: np.ndarray, second: np.ndarray, allowed: np.ndarray | None = None) -> None:
+    def add(
+        self, first: np.ndarray, second: np.ndarray, allowed: np.ndarray | None = None, *, spent: bool = False
+    ) -> None:
         """Add the next elements of both, in C order.
 
         Args:
             first: of any dtype and shape.
             second: of the same shape.
             allowed: bool, where both may be NaN or the same infinity.
+            spent: whether nobody needs the arrays any more, so that they may be written over.
         """
         a, b = np.ravel(first), np.ravel(second)
         start, self.elements = self.elements, self.elements + a.size
@@ -101,7 +104,7 @@ class Measure:
         if same and self._add_equal(a):
             return
         self.same = self.same and same
-        found = None if same else sums.of(a, b)
+        found = None if same else sums.of(a, b, spent)
         if found is not None:
             self._add_sums(found, start)
             return
@@ -223,21 +226,6 @@ def unravel(position: int, shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(int(i) for i in np.unravel_index(position, shape))
 
 
-def same_bits(a: np.ndarray, b: np.ndarray) -> bool:
-    """Whether two arrays have one dtype and the same bits.
-
-    Example:
-        >>> same_bits(np.float32([0.0]), np.float32([-0.0])), same_bits(np.float32([1]), np.float32([1]))
-        (False, True)
-    """
-    if a.dtype != b.dtype or a.shape != b.shape:
-        return False
-    words = np.dtype(f"u{a.dtype.itemsize}") if a.dtype.itemsize in (1, 2, 4, 8) else np.dtype("u1")
-    x, y = np.ascontiguousarray(a), np.ascontiguousarray(b)
-    x, y = x.reshape(-1).view(words), y.reshape(-1).view(words)
-    return bool(np.array_equal(x[:_FIRST], y[:_FIRST]) and np.array_equal(x, y))
-
-
 def _all_finite(a: np.ndarray) -> bool:
     return dtypes.name_of(a) not in dtypes.FLOATS or bool(np.isfinite(a).all())
 
@@ -277,7 +265,7 @@ def compare(
 
     Returns:
         Without distances and ``justified`` two floating tensors of one dtype are "rounding" only when their values are
-        equal (a zero of another sign); of two dtypes when the wider one, rounded to the narrower, is the other.
+        equal (a zero of another sign); of two dtypes when they hold the same numbers, as far as these can.
 
     Raises:
         ArgumentError: both are None.
@@ -303,16 +291,7 @@ def compare(
         x, y = _exactly(np.asarray(first)), _exactly(np.asarray(second))
         with np.errstate(invalid="ignore"):
             within = bool(np.all((np.abs(x - y) <= justified) | (x == y) | (np.isnan(x) & np.isnan(y))))
-    return decide(first, second, measure, distances=distances, within=within, rounded=_rounded(first, second))
-
-
-def _rounded(first: np.ndarray, second: np.ndarray) -> bool:
-    """Whether one is the other, rounded to its narrower dtype."""
-    names = dtypes.name_of(first), dtypes.name_of(second)
-    if names[0] == names[1] or not all(name in dtypes.FLOATS for name in names):
-        return False
-    narrow, wide = sorted((first, second), key=lambda a: -dtypes.UNIT_ROUNDOFF[dtypes.name_of(a)])
-    return same_bits(np.asarray(dtypes.round_to(wide, dtypes.name_of(narrow))), narrow)
+    return decide(first, second, measure, distances=distances, within=within, copied=are_copies(first, second))
 
 
 def decide(
@@ -322,7 +301,7 @@ def decide(
     *,
     distances: tuple[Distance | None, Distance | None] = (None, None),
     within: bool | None = None,
-    rounded: bool = False,
+    copied: bool = False,
 ) -> Comparison:
     """The verdict on two tensors, or on two things with a shape and a dtype whose elements were measured.
 
@@ -332,7 +311,7 @@ def decide(
         measure: of all their elements; empty where the shapes differ.
         distances: as for ``compare``.
         within: whether all differences are within what is justified; None if nothing is.
-        rounded: whether one is the other rounded to its dtype.
+        copied: whether both hold the same numbers, as far as their dtypes can (``bits.are_copies``).
     """
     shapes = _shape(first), _shape(second)
     names = _name(first), _name(second)
@@ -350,14 +329,14 @@ def decide(
         a, b = measure.strange_values
         reason = f"{a:g} and {b:g} ({measure.strange_count} elements that are NaN or infinite on a side)"
         return Comparison("broken", _to_blame(distances) or _strange_side(measure), reason, **known)
-    return _decide_values(measure, distances, within, rounded, all(floats), names, known)
+    return _decide_values(measure, distances, within, copied, all(floats), names, known)
 
 
 def _decide_values(
     measure: Measure,
     distances: tuple[Distance | None, Distance | None],
     within: bool | None,
-    rounded: bool,
+    copied: bool,
     floats: bool,
     names: tuple[str, str],
     known: dict[str, Any],
@@ -376,8 +355,8 @@ def _decide_values(
         return Comparison("rounding", **known)
     if not floats:
         return Comparison("off", reason="the values differ", **known)
-    if rounded:
-        return Comparison("rounding", reason=f"{names[0]} beside {names[1]}: one is the other, rounded", **known)
+    if copied:
+        return Comparison("rounding", reason=f"{names[0]} beside {names[1]}: the same numbers, rounded", **known)
     if measure.same_values and names[0] == names[1]:
         return Comparison("rounding", reason="equal values; zeros of another sign", **known)
     if within:

@@ -71,15 +71,18 @@ def of_equal(a: np.ndarray) -> float | None:
         return None
     with np.errstate(all="ignore"):
         x = _as(a, kind, 0)
-        return _squares(x)
+        (square,) = _products((x, x))
+        return square if _all_seen(square, x) else None
 
 
-def of(a: np.ndarray, b: np.ndarray) -> Sums | None:
+def of(a: np.ndarray, b: np.ndarray, spent: bool = False) -> Sums | None:
     """The sums of two pieces.
 
     Args:
         a: one axis.
         b: likewise, as long.
+        spent: whether nobody needs the arrays any more: they are then written over, which spares memory other arrays,
+            unless None is returned.
 
     Returns:
         None when they have to be taken the exact way.
@@ -95,17 +98,22 @@ def of(a: np.ndarray, b: np.ndarray) -> Sums | None:
         return None
     with np.errstate(all="ignore"):
         x, y = _as(a, kind, 0), _as(b, kind, 1)
-        first, second = _squares(x), _squares(y)
-        if first is None or second is None:
+        first, second, dot = _products((x, x), (y, y), (x, y))
+        if not (_all_seen(first, x) and _all_seen(second, y)):
             return None
-        apart, larger = _taken(2, kind, a.size), _taken(3, kind, a.size)
+        apart = _taken(2, kind, a.size)
         np.subtract(x, y, out=apart)
         np.abs(apart, out=apart)
         worst = int(apart.argmax())
-        dot = _rows(x, y)
-        max_rel, sum_rel = _relative(x, y, apart, larger)
-    values = float(x[worst]), float(y[worst])
-    return Sums(worst, values, abs(values[0] - values[1]), _total(apart), max_rel, sum_rel, dot, first, second)
+        values = float(x[worst]), float(y[worst])
+        larger, other = (_to_write(one, own, number, spent) for number, (one, own) in enumerate(((x, a), (y, b))))
+        np.abs(x, out=larger)
+        np.abs(y, out=other)
+        np.maximum(larger, other, out=larger)
+        max_rel = _relative(apart, larger, other)
+        sum_abs, sum_rel = _totals(apart, other)
+    largest = abs(values[0] - values[1])
+    return Sums(worst, values, largest, sum_abs, max_rel, sum_rel, dot, first, second)
 
 
 @functools.lru_cache(maxsize=256)
@@ -155,40 +163,49 @@ def _as(a: np.ndarray, kind: np.dtype[Any], number: int) -> np.ndarray:
     return out
 
 
-def _squares(x: np.ndarray) -> float | None:
-    """The sum of squares, where it is one that says that all is finite and that nothing was lost."""
-    found = _rows(x, x)
+def _to_write(x: np.ndarray, own: np.ndarray, number: int, spent: bool) -> np.ndarray:
+    """Memory for what is made of x: its own, unless that is the caller's."""
+    return x if spent or x is not own else _taken(number, x.dtype, x.size)
+
+
+def _all_seen(square: float, x: np.ndarray) -> bool:
+    """Whether a sum of squares says that all is finite and that nothing was lost."""
     if x.dtype == np.float64:
-        return found if np.isfinite(found) and (found > 1e-200 or not x.any()) else None
-    if found == 0.0:
-        return None if x.any() else 0.0
-    return found if _SMALLEST_SQUARES < found < _LARGEST_SQUARES else None
+        return bool(np.isfinite(square)) and (square > 1e-200 or not x.any())
+    return _SMALLEST_SQUARES < square < _LARGEST_SQUARES or (square == 0.0 and not x.any())
 
 
-def _rows(x: np.ndarray, y: np.ndarray) -> float:
-    """The dot product; not by BLAS, which would start threads of its own beside ours."""
-    whole = x.size // _ROW * _ROW
-    rows = np.einsum("ij,ij->i", x[:whole].reshape(-1, _ROW), y[:whole].reshape(-1, _ROW))
-    rest = np.einsum("i,i->", x[whole:], y[whole:])
-    return float(rows.sum(dtype=np.float64)) + float(rest)
+def _products(*pairs: tuple[np.ndarray, np.ndarray]) -> list[float]:
+    """Dot products; row by row, since BLAS would start threads of its own for more."""
+    size = pairs[0][0].size
+    whole = size // _ROW * _ROW
+    rows = np.empty((len(pairs), size // _ROW), pairs[0][0].dtype)
+    for out, (x, y) in zip(rows, pairs, strict=True):
+        np.matmul(x[:whole].reshape(-1, 1, _ROW), y[:whole].reshape(-1, _ROW, 1), out=out.reshape(-1, 1, 1))
+    found = rows.sum(axis=1, dtype=np.float64)
+    if whole < size:
+        found += [np.dot(x[whole:], y[whole:]) for x, y in pairs]
+    return found.tolist()  # type: ignore[no-any-return]
 
 
-def _total(x: np.ndarray) -> float:
-    whole = x.size // _ROW * _ROW
-    rows = np.add.reduce(x[:whole].reshape(-1, _ROW), axis=1)
-    return float(rows.sum(dtype=np.float64)) + float(x[whole:].sum())
+def _totals(*arrays: np.ndarray) -> list[float]:
+    size = arrays[0].size
+    whole = size // _ROW * _ROW
+    rows = np.empty((len(arrays), size // _ROW), arrays[0].dtype)
+    for out, x in zip(rows, arrays, strict=True):
+        np.einsum("ij->i", x[:whole].reshape(-1, _ROW), out=out)  # more than twice as fast as sum
+    found = rows.sum(axis=1, dtype=np.float64)
+    if whole < size:
+        found += [x[whole:].sum() for x in arrays]
+    return found.tolist()  # type: ignore[no-any-return]
 
 
-def _relative(x: np.ndarray, y: np.ndarray, apart: np.ndarray, larger: np.ndarray) -> tuple[float, float]:
-    """The largest and the sum of the relative differences; where both numbers are 0, theirs is 0."""
-    other = _taken(4, x.dtype, x.size)
-    np.abs(x, out=larger)
-    np.abs(y, out=other)
-    np.maximum(larger, other, out=larger)
-    np.divide(apart, larger, out=other)
-    largest = float(other.max())
+def _relative(apart: np.ndarray, larger: np.ndarray, out: np.ndarray) -> float:
+    """The relative differences and the largest of them; where both numbers are 0, theirs is 0."""
+    np.divide(apart, larger, out=out)
+    largest = float(out.max())
     if largest != largest:  # 0 / 0 somewhere
-        np.maximum(larger, _TINY[x.dtype], out=larger)
-        np.divide(apart, larger, out=other)
-        largest = float(other.max())
-    return largest, _total(other)
+        np.maximum(larger, _TINY[larger.dtype], out=larger)
+        np.divide(apart, larger, out=out)
+        largest = float(out.max())
+    return largest

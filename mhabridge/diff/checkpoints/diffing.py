@@ -50,8 +50,8 @@ def diff_checkpoints(
         pictures: draw what differs.
 
     Returns:
-        The report; a tensor is "equal" (bits), "rounding" (one is the other rounded to its narrower dtype, or zeros
-        have other signs), "off", or "broken" (missing, another shape or dtype, NaN or infinity).
+        The report; a tensor is "equal" (bits), "rounding" (the same numbers, as far as two dtypes can hold them, or
+        zeros of other signs), "off", or "broken" (missing, another shape or dtype, NaN or infinity).
 
     Raises:
         ArgumentError: an option that cannot be.

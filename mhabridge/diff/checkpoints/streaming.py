@@ -1,7 +1,7 @@
 """Two stored tensors beside each other, read in pieces: what they hold is compared, whatever way round it lies.
 
-Memory is bounded: pieces of 256 KiB of each side, and sheets of matrices that lie transposed, 144 MiB of these in all
-threads together. Checksums are not looked at: where a file is damaged, its numbers differ.
+Memory is bounded: pieces of 98,304 elements of each side, and sheets of matrices that lie transposed, 144 MiB of these
+in all threads together. Checksums are not looked at: where a file is damaged, its numbers differ.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ from mhabridge import dtypes
 from mhabridge.checkpoint.storage import blocks, transposing
 from mhabridge.checkpoint.storage.blocks import Scratch
 from mhabridge.checkpoint.storage.stored import StoredFile, StoredTensor, bytes_of, words_of
-from mhabridge.diff.comparing import Comparison, Measure, decide, same_bits
+from mhabridge.diff.bits import are_copies
+from mhabridge.diff.comparing import Comparison, Measure, decide
 
-PIECE = 65536  # elements: of two sides and what is made of them, all fits into a second-level cache
+PIECE = 98304  # elements: of two sides and what is made of them, all fits into a second-level cache
 _THREADS = 168 << 20  # bytes in memory at a time, in all threads together: of these transposed matrices and
 _THREAD = 12 << 20  # what each thread has beside them
 _SHEET = 72 << 20  # of one of them: a matrix of 4096 x 4096 float32 is read whole, which is faster
@@ -78,16 +79,16 @@ class Found:
 
     Args:
         measure: the differences.
-        rounded: whether one is the other rounded to its narrower dtype, as far as was seen.
+        copied: whether both hold the same numbers, as far as their dtypes can and as far as was seen.
     """
 
     measure: Measure
-    rounded: bool
+    copied: bool
 
     def join(self, later: Found) -> None:
         """Add what was found in the stretch that follows."""
         self.measure.join(later.measure)
-        self.rounded = self.rounded and later.rounded
+        self.copied = self.copied and later.copied
 
 
 def sheet_size(threads: int) -> int:
@@ -130,8 +131,8 @@ def measure(
     while left:
         here = min(one.ready(), other.ready(), PIECE, left)
         a, b = one.take(here), other.take(here)
-        found.measure.add(a, b)
-        found.rounded = found.rounded and _rounded(a, b)
+        found.copied = found.copied and are_copies(a, b)
+        found.measure.add(a, b, spent=True)
         left -= here
     if any(complex_ones):
         _halve(found.measure)
@@ -166,21 +167,12 @@ def verdict(first: Side, second: Side, found: Found, turned: bool) -> Comparison
     other = dataclasses.replace(second.tensor, shape=first.shape)
     if turned:
         one = decide(
-            first.turned().tensor, Side(second.file, other).turned().tensor, found.measure, rounded=found.rounded
+            first.turned().tensor, Side(second.file, other).turned().tensor, found.measure, copied=found.copied
         )
         index = None if one.index is None else one.index[::-1]
         return dataclasses.replace(one, shapes=(first.shape, second.shape), index=index)
-    one = decide(first.tensor, other, found.measure, rounded=found.rounded)
+    one = decide(first.tensor, other, found.measure, copied=found.copied)
     return dataclasses.replace(one, shapes=(first.shape, second.shape))
-
-
-def _rounded(a: np.ndarray, b: np.ndarray) -> bool:
-    """Whether one is the other rounded to its narrower dtype."""
-    narrow, wide = sorted((a, b), key=lambda array: -dtypes.UNIT_ROUNDOFF[dtypes.name_of(array)])
-    if wide.dtype != np.float32:
-        return same_bits(dtypes.round_to(wide, dtypes.name_of(narrow)), narrow)
-    with np.errstate(over="ignore", invalid="ignore"):
-        return same_bits(wide.astype(narrow.dtype), narrow)
 
 
 class _Stream:
@@ -198,6 +190,7 @@ class _Stream:
         self.kind, self.at = words_of(self.tensor.dtype), start
         self.plain = self.tensor.plain
         self._buffer = np.empty(min(PIECE, self.tensor.size) if self.plain else 0, self.kind)
+        self._bytes = bytes_of(self._buffer)
         self._pieces = iter(()) if self.plain else _strided(self.file, self.tensor, scratch, sheet)
         self._piece = np.empty(0, self.kind)
 
@@ -212,8 +205,9 @@ class _Stream:
     def take(self, count: int) -> np.ndarray:
         """The next elements, in the tensor's dtype; valid until the next are taken."""
         if self.plain:
+            item = self.tensor.item_size
             found = self._buffer[:count]
-            self.file.fill(self.tensor, self.at * self.tensor.item_size, [bytes_of(found)])
+            self.file.fill(self.tensor, self.at * item, [self._bytes[: count * item]])
         else:
             found, self._piece = self._piece[:count], self._piece[count:]
         self.at += count

@@ -62,7 +62,7 @@ def hashes(block: np.ndarray, narrow: str, negated: bool) -> list[int]:
     rounded = np.ascontiguousarray(_narrowed(values, narrow))
     row = rounded.shape[1] * rounded.itemsize
     if row <= 8 and rounded.shape[1] == 1:
-        return [int(word) for word in rounded.view(f"u{row}").ravel()]
+        return rounded.view(f"u{row}").ravel().tolist()  # type: ignore[no-any-return]
     data = rounded.tobytes()
     return [hash(data[start : start + row]) for start in range(0, len(data), row)] if row else []
 
@@ -77,7 +77,7 @@ def _narrowed(values: np.ndarray, narrow: str) -> np.ndarray:
 
 def order_of(own: Sequence[int], rows: Sequence[int]) -> list[int] | None:
     """For each row its place among others, when each is there once and all are used; None otherwise."""
-    if len(own) != len(rows) or sorted(own) != sorted(rows) or len(set(rows)) != len(rows):
+    if len(own) != len(rows) or len(set(rows)) != len(rows) or set(own) != set(rows):
         return None
     place = {row: number for number, row in enumerate(rows)}
     return [place[row] for row in own]
