@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -50,13 +52,23 @@ def test_other_weights_are_named_with_what_mends_them(files: Path) -> None:
 
 def test_every_output_says_the_same(files: Path) -> None:
     pytest.importorskip("jinja2", reason="jinja2 is not installed")
-    csv, html = files / "x.csv", files / "x.html"
-    result = invoke("checkpoints", files / "a.npz", files / "c.npz", "--json", "--csv", csv, "--html", html)
+    table, html = files / "x.csv", files / "x.html"
+    result = invoke("checkpoints", files / "a.npz", files / "c.npz", "--json", "--csv", table, "--html", html)
     assert result.exit_code == 1, result.output
     data = json.loads(result.stdout)
     assert (data["kind"], data["verdict"], data["first_divergence"]) == ("checkpoints", "off", "attn")
-    assert csv.read_text().count("\n") == 1 + len(data["entries"])
+    assert table.read_text().count("\n") == 1 + len(data["entries"])
     assert "transpose" in html.read_text()
+
+
+def test_a_name_is_no_formula_in_a_spreadsheet(tmp_path: Path) -> None:
+    for name, value in (("a", 1.0), ("b", -np.inf)):
+        np.savez(tmp_path / f"{name}.npz", **{'=HYPERLINK("x").weight': np.float32([[value, 2.0]]), "-w": np.ones(3)})
+    text = mb.diff_checkpoints(tmp_path / "a.npz", tmp_path / "b.npz").to_csv()
+    cells = [cell for row in csv.reader(io.StringIO(text)) for cell in row]
+    assert [cell for cell in cells if cell[:1] in ("=", "+", "@")] == []
+    assert any(cell.startswith("'=HYPERLINK(") for cell in cells)
+    assert "-inf" in text
 
 
 def test_what_cannot_be_done(files: Path) -> None:

@@ -288,7 +288,10 @@ class DiffReport:
         return json.dumps(self.to_dict(), indent=2, allow_nan=False)
 
     def to_csv(self) -> str:
-        """The entries and pairs, one line each, with a header; each side's distance to the reference too."""
+        """The entries and pairs, one line each, with a header; each side's distance to the reference too.
+
+        Names come from files: one that a spreadsheet would take for a formula has an apostrophe before it.
+        """
         rows = [_flat(entry) for entry in (*self.entries, *self.pairs)]
         text = io.StringIO()
         writer = csv.DictWriter(text, list(_flat(_NOTHING)), lineterminator="\n")
@@ -331,7 +334,12 @@ def _flat(entry: Entry) -> dict[str, Any]:
         known = distance or {}
         for name in (field.name for field in dataclasses.fields(Distance)):
             fields[f"{which}_{name}"] = known.get(name)
-    return fields
+    return {name: _no_formula(item) for name, item in fields.items()}
 
 
+def _no_formula(cell: Any) -> Any:
+    return "'" + cell if isinstance(cell, str) and cell.startswith(_FORMULA) and cell != "-inf" else cell
+
+
+_FORMULA = ("=", "+", "-", "@", "\t", "\r")
 _NOTHING = Entry("", "", "", "", Comparison("equal"))
