@@ -14,7 +14,7 @@ import pytest
 
 from mhabridge import MHASpec, MHAWeights
 from mhabridge.checkpoint.conversion import convert_checkpoint
-from mhabridge.checkpoint.storage import crc
+from mhabridge.checkpoint.storage import checksums, crc
 from mhabridge.checkpoint.storage.comparing import same_bits
 from mhabridge.checkpoint.storage.stored import Extent, StoredFile, StoredTensor
 from mhabridge.errors import CheckpointError
@@ -49,12 +49,25 @@ def refused(file: Path, folder: Path, to: str = "megengine") -> None:
 
 
 @pytest.mark.parametrize("name", ["a.pt", "a.npz"])
-def test_a_flipped_bit_in_a_source_does_not_go_through(tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize("part", [0, 1, 2])
+def test_a_flipped_bit_in_a_source_does_not_go_through(tmp_path: Path, name: str, part: int) -> None:
+    """It may be in q, k or v, which are compared one after another and have one checksum."""
     file = saved(tmp_path / name)
     assert convert_checkpoint(file, tmp_path / "whole.pkl", to="megengine", num_heads=4).verified
     weight = np.load(tmp_path / "a.npz")["layers.1.attn.in_proj_weight"].tobytes()
-    with_one_bit_flipped(file, file.read_bytes().index(weight) + len(weight) // 2)
+    with_one_bit_flipped(file, file.read_bytes().index(weight) + (2 * part + 1) * len(weight) // 6)
     refused(file, tmp_path)
+
+
+def test_what_is_compared_is_not_read_again_for_its_checksum(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read = []
+    monkeypatch.setattr(checksums, "require", lambda file, checksum, scratch=None: read.append(checksum.of))
+    assert convert_checkpoint(saved(tmp_path / "a.pt"), tmp_path / "b.pkl", to="megengine", num_heads=4).verified
+    assert read == []
+    tied = np.arange(12.0, dtype="f4")
+    np.savez(tmp_path / "c.npz", a=tied, b=tied)
+    assert convert_checkpoint(tmp_path / "c.npz", tmp_path / "c.pt", rename={"a": "x"}).verified
+    assert read == []
 
 
 def test_so_does_one_in_a_shard(tmp_path: Path) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from mhabridge.checkpoint.formats.scalars import as_tensor
 from mhabridge.checkpoint.planning.drafts import Check
@@ -11,7 +12,7 @@ from mhabridge.checkpoint.storage import checksums
 from mhabridge.checkpoint.storage.checksums import Checksum, Running
 from mhabridge.checkpoint.storage.comparing import all_zero, same_bits
 from mhabridge.checkpoint.storage.parallel import WORTH_A_THREAD, Stopped, Workers
-from mhabridge.checkpoint.storage.stored import StoredFile, StoredObject
+from mhabridge.checkpoint.storage.stored import Extent, StoredFile, StoredObject
 from mhabridge.checkpoint.storage.writing import Outgoing
 
 
@@ -91,34 +92,47 @@ class _Comparison:
 
     def run(self, checks: Sequence[Check]) -> None:
         with Workers(self._count) as workers:
-            for check in checks:
-                checksum = self._covered(check)
-                if check.source is None or check.source.nbytes < WORTH_A_THREAD:
-                    self._compare(check, checksum, workers)
+            for together, checksum in self._grouped(checks):
+                if sum(check.source.nbytes for check in together if check.source) < WORTH_A_THREAD:
+                    self._compare_all(together, checksum, workers)
                 else:
-                    workers.give(functools.partial(self._compare, check, checksum, workers))
+                    workers.give(functools.partial(self._compare_all, together, checksum, workers))
             for left in [*self._sums.values(), *self._files_sums]:
                 workers.give(functools.partial(self._sum_up, left, workers))
 
-    def _covered(self, check: Check) -> Checksum | None:
-        """The checksum of just what a check reads, in order: then nothing is read twice."""
-        tensor = check.source
-        if tensor is None or not tensor.checksum or not tensor.plain:
-            return None
-        parts = tuple(tensor.plain_extents())
-        return self._sums.pop(parts, None) if parts == tensor.extents else None
+    def _grouped(self, checks: Sequence[Check]) -> Iterator[tuple[Sequence[Check], Checksum | None]]:
+        """Checks, each by itself but where several in a row read just what a checksum is of: nothing is read twice."""
+        by_storage: dict[tuple[Extent, ...], dict[int, Check]] = {}
+        for check in checks:
+            tensor = check.source
+            if tensor is not None and tensor.checksum and tensor.plain and tensor.extents in self._sums:
+                by_storage.setdefault(tensor.extents, {}).setdefault(tensor.start, check)
+        covered: set[int] = set()
+        for extents, starts in by_storage.items():
+            row = [starts[start] for start in sorted(starts)]
+            parts = [extent for check in row if check.source for extent in check.source.plain_extents()]
+            if _joined(parts) == _joined(extents):
+                covered.update(map(id, row))
+                yield row, self._sums.pop(extents)
+        yield from (([check], None) for check in checks if id(check) not in covered)
 
     def _sum_up(self, checksum: Checksum, workers: Workers) -> None:
         checksums.require(self._source, checksum, workers.scratch)
 
-    def _compare(self, check: Check, checksum: Checksum | None, workers: Workers) -> None:
+    def _compare_all(self, together: Sequence[Check], checksum: Checksum | None, workers: Workers) -> None:
+        running = Running(checksum) if checksum else None
+        for check in together:
+            self._compare(check, running, workers)
+        if running is not None:
+            running.require(self._source)
+
+    def _compare(self, check: Check, running: Running | None, workers: Workers) -> None:
         file = self._holders[check.target]
         view = check.view_of(file[check.target])
         if check.source is None:
             if not all_zero(file, view):
                 raise _Different(check.target)
             return
-        running = Running(checksum) if checksum else None
 
         def watch(piece: memoryview) -> None:
             if workers.stopped:
@@ -129,8 +143,18 @@ class _Comparison:
 
         if not same_bits(self._source, check.source, file, view, workers.scratch, watch):
             raise _Different(check.target)
-        if running is not None:
-            running.require(self._source)
+
+
+def _joined(extents: Iterable[Extent]) -> list[Extent]:
+    """The same bytes in as few extents as possible."""
+    found: list[Extent] = []
+    for one in extents:
+        last = found[-1] if found else None
+        if last is not None and (last.file, last.offset + last.length) == (one.file, one.offset):
+            found[-1] = dataclasses.replace(last, length=last.length + one.length)
+        else:
+            found.append(one)
+    return found
 
 
 class _Different(Exception):

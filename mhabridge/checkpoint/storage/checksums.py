@@ -13,7 +13,7 @@ from mhabridge.errors import CheckpointError
 if TYPE_CHECKING:
     from mhabridge.checkpoint.storage.stored import StoredFile
 
-_PIECE = 256 * 1024  # bytes
+_PIECE = 1 << 20  # bytes
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,7 +11,7 @@ from mhabridge.checkpoint.storage import transposing
 from mhabridge.checkpoint.storage.blocks import Scratch
 from mhabridge.checkpoint.storage.stored import StoredFile, StoredTensor, bytes_of
 
-_PIECE = 256 * 1024  # bytes of each side
+_PIECE = 1 << 20  # bytes of each side; after each of smaller ones threads wait for Python's lock
 
 Watch = Callable[[memoryview], None]
 

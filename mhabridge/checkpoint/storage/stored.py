@@ -28,9 +28,7 @@ from mhabridge.checkpoint.storage.tensors import StoredObject as StoredObject
 from mhabridge.checkpoint.storage.tensors import StoredTensor as StoredTensor
 from mhabridge.errors import CheckpointError
 
-# Bytes of a buffer. Larger ones fall out of the second-level cache, and writes of 256 KiB and more sometimes take
-# several times as long in the kernel (measured on ext4).
-CHUNK = 128 * 1024
+CHUNK = 128 * 1024  # bytes of a buffer for what one thread reads; larger ones fall out of the second-level cache
 
 _EXPANDED = (
     "an expanded view, which has more elements than the file has numbers for it",

@@ -16,7 +16,7 @@ _SHEET_BYTES = (
     128 << 20
 )  # in memory at a time: of a larger matrix some columns are read after the others, which is slow
 _PANEL_BYTES = 2 << 20  # of what is turned at a time
-_PANEL_ROW = 512  # bytes of each row of the source in a panel: a few cache lines, read whole
+_PANEL_ROW = 4096  # bytes of each row of the source in a panel: whole cache lines, and few steps to wait after
 _SHORT_ROW = 1 << 10  # bytes
 _LINES = 256  # longer rows that are read at a time
 

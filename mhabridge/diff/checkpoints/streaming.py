@@ -1,6 +1,6 @@
 """Two stored tensors beside each other, read in pieces: what they hold is compared, whatever way round it lies.
 
-Memory is bounded: pieces of 98,304 elements of each side, and sheets of matrices that lie transposed, 144 MiB of these
+Memory is bounded: pieces of 786,432 elements of each side, and sheets of matrices that lie transposed, 144 MiB of these
 in all threads together. Checksums are not looked at: where a file is damaged, its numbers differ.
 """
 
@@ -19,9 +19,10 @@ from mhabridge.checkpoint.storage.stored import StoredFile, StoredTensor, bytes_
 from mhabridge.diff.bits import are_copies
 from mhabridge.diff.comparing import Comparison, Measure, decide
 
-PIECE = 98304  # elements: of two sides and what is made of them, all fits into a second-level cache
+# Elements. Smaller ones would fit into a second-level cache, but after each step threads wait for Python's lock.
+PIECE = 768 << 10
 _THREADS = 168 << 20  # bytes in memory at a time, in all threads together: of these transposed matrices and
-_THREAD = 12 << 20  # what each thread has beside them
+_THREAD = 18 << 20  # what each thread has beside them
 _SHEET = 72 << 20  # of one of them: a matrix of 4096 x 4096 float32 is read whole, which is faster
 _PARTS = {"complex64": "float32", "complex128": "float64"}
 _READERS = 4  # sheets at a time where a diff is explained, beside what is left of comparing
@@ -96,7 +97,7 @@ def sheet_size(threads: int) -> int:
 
     Example:
         >>> sheet_size(4) >> 20
-        30
+        24
     """
     return min(_SHEET, max(_THREADS // threads - _THREAD, _SLICE))
 
