@@ -22,11 +22,12 @@ _VERSION = mapping.version_key(version())
 
 
 class _Plan(NamedTuple):
-    """What is known of a call before its masks are looked at: why it is composed, if it is, and its sizes."""
+    """What is known of a call without its numbers: why it is composed, if it is, its sizes, how masks are lowered."""
 
     spec: MHASpec
     reason: str
     sizes: Sizes
+    masks: native_masks.Way | None
 
 
 _PLANS: dict[tuple[Any, ...], _Plan] = {}
@@ -44,8 +45,7 @@ def attend(
     """One call of a live layer, native where that needs no look at the values, else composed."""
     if nested.among(*inputs, key_padding_mask, attn_mask):
         return nested.attend(layer, inputs, key_padding_mask, attn_mask, options, notes)
-    masked = key_padding_mask is not None or attn_mask is not None or options.is_causal
-    plan = _plan(spec_of(layer), inputs, options, masked)
+    plan = _plan(spec_of(layer), inputs, (key_padding_mask, attn_mask), options)
     if not plan.reason:
         notes.append("native: torch.nn.MultiheadAttention")
         return _attend_native(layer, plan, inputs, key_padding_mask, attn_mask, options)
@@ -56,24 +56,25 @@ def attend(
     return live.attend(ops, plan.spec, named_tensors(layer), inputs, key_padding_mask, attn_mask, options)
 
 
-def _plan(spec: MHASpec, inputs: tuple[Any, Any, Any], options: Options, masked: bool) -> _Plan:
-    """The plan of a call, once all but its masks is known to be right.
+def _plan(spec: MHASpec, inputs: tuple[Any, Any, Any], masks: tuple[Any, Any], options: Options) -> _Plan:
+    """The plan of a call, once all is known to be right but the numbers in its masks, and the masks of a composed one.
 
     It is remembered for calls of the same kind: small ones take no longer than all these checks. A plan keeps its spec,
     so no other spec has the same id.
     """
     options.check()
     if compiling():
-        return _made_plan(spec, inputs, options, masked)
+        return _made_plan(spec, inputs, masks, options)
     query, key, value = inputs
     try:
         tensors = (query.shape, key.shape, value.shape, query.dtype, key.dtype, value.dtype)
-        kind = (id(spec), *tensors, options.mode, options.fully_masked, options.average_attn_weights, masked)
+        asked = (options.mode, options.fully_masked, options.average_attn_weights, options.need_weights)
+        kind = (id(spec), *tensors, *asked, options.is_causal, *map(_kind_of, masks))
         found = _PLANS.get(kind)
     except (AttributeError, TypeError):  # no tensors: to be refused
-        return _made_plan(spec, inputs, options, masked)
+        return _made_plan(spec, inputs, masks, options)
     if found is None:
-        found = _made_plan(spec, inputs, options, masked)
+        found = _made_plan(spec, inputs, masks, options)
         if not OPS.casts():  # which lets through what is wrong otherwise
             if len(_PLANS) >= _MOST_PLANS:
                 _PLANS.clear()
@@ -81,13 +82,19 @@ def _plan(spec: MHASpec, inputs: tuple[Any, Any, Any], options: Options, masked:
     return found
 
 
-def _made_plan(spec: MHASpec, inputs: tuple[Any, Any, Any], options: Options, masked: bool) -> _Plan:
+def _kind_of(mask: Any) -> Any:
+    return None if mask is None else (mask.shape, mask.dtype)
+
+
+def _made_plan(spec: MHASpec, inputs: tuple[Any, Any, Any], masks: tuple[Any, Any], options: Options) -> _Plan:
     batched = live.check(OPS, spec, inputs, options)
     sizes = sizes_of(spec, inputs[0], inputs[1], batched)
+    masked = options.is_causal or any(mask is not None for mask in masks)
     reason = _why_composed(spec, options, masked) or _too_old(spec, inputs[0], options)
     if not reason and masked and not compiling() and sizes.batch == 0:
         reason = "PyTorch's own layer cannot shape a mask for an empty batch."
-    return _Plan(spec, reason, sizes)
+    native = native_masks.way(spec, sizes, *masks, options) if masked and not reason else None
+    return _Plan(spec, reason, sizes, native)
 
 
 def _why_composed(spec: MHASpec, options: Options, masked: bool) -> str:
@@ -120,10 +127,11 @@ def _attend_native(
     flags = {"need_weights": options.need_weights}
     if not options.average_attn_weights:  # 1.8.1 has no such argument
         flags["average_attn_weights"] = False
-    if key_padding_mask is None and attn_mask is None and not options.is_causal:
+    spec, _, sizes, way = plan
+    if way is None:
         answer: tuple[Any, Any] = torch.nn.MultiheadAttention.forward(layer, *inputs, **flags)
         return answer
-    spec, _, sizes = plan
-    asked, finish = native_masks.lower(spec, sizes, key_padding_mask, attn_mask, options, inputs[0].device)
+    device = inputs[0].device
+    asked, finish = native_masks.lower(way, spec, sizes, key_padding_mask, attn_mask, options, device)
     output, attention = torch.nn.MultiheadAttention.forward(layer, *inputs, **flags, **asked)
-    return native_masks.with_dead_rows(output, asked, spec, sizes) if finish else output, attention
+    return native_masks.with_dead_rows(output, asked, way, spec, sizes) if finish else output, attention

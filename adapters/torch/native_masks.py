@@ -9,7 +9,7 @@ operation takes some microseconds, the usual masks, one of two axes, have a way 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -23,12 +23,29 @@ from .native import version
 from .ops import OPS, TorchOps
 
 _VERSION = mapping.version_key(version())
+_NAN = float("nan")
 
 
-def lower(
-    spec: MHASpec, sizes: Sizes, key_padding_mask: Any, attn_mask: Any, options: Options, device: Any
-) -> tuple[dict[str, Any], bool]:
-    """The native call's arguments for these masks, and whether ``with_dead_rows`` has to finish its output.
+class Way(NamedTuple):
+    """How the masks of one kind of call are lowered: what shapes, dtypes and options decide, worked out once.
+
+    Args:
+        merged: as numbers, in one argument; else as they are.
+        causal: with a bool mask of its own for ``is_causal``; "hinted" where it is all there is, and without weights.
+        dead: fully masked rows have to be made NaN here.
+        by_head: all masks together have an axis of (N * H).
+        spread: rows that are fully masked need an axis more to fit the output.
+    """
+
+    merged: bool
+    causal: str = ""
+    dead: bool = False
+    by_head: bool = False
+    spread: bool = False
+
+
+def way(spec: MHASpec, sizes: Sizes, key_padding_mask: Any, attn_mask: Any, options: Options) -> Way:
+    """How masks like these are lowered.
 
     Args:
         spec: the layer.
@@ -36,41 +53,69 @@ def lower(
         key_padding_mask: (N, S) or (S,), or None.
         attn_mask: (L, S) or (N * H, L, S), or None.
         options: what is asked for.
+
+    Raises:
+        ArgumentError: a wrong shape.
+        ArgumentTypeError: not a tensor of PyTorch.
+    """
+    live.mask_shapes(OPS, sizes, key_padding_mask, attn_mask)
+    given = [mask for mask in (key_padding_mask, attn_mask) if mask is not None]
+    # Before 2.0 the layer had one path, and other rules for masks.
+    if _VERSION < (2, 0) or (options.fully_masked == "error" and given):
+        return Way(merged=True)
+    if any(mask.dtype != torch.bool for mask in given):
+        return Way(merged=True)
+    silent = options.need_weights or spec.extra_columns or not sizes.source
+    # Alone it leaves the first column open; the hint spares scaled_dot_product_attention the mask.
+    hinted = options.is_causal and not given and not silent
+    causal = "hinted" if hinted else "mask" if options.is_causal else ""
+    axes = 0 if attn_mask is None else attn_mask.dim()
+    by_head = axes == 3 and len(attn_mask) == sizes.batch * sizes.heads
+    across = attn_mask is not None or options.is_causal  # one value a target row
+    alone = (key_padding_mask is None) == across and axes < 3
+    spread = sizes.batched and alone and across != spec.batch_first
+    return Way(False, causal, not (silent or hinted), by_head, spread)
+
+
+def lower(
+    way: Way, spec: MHASpec, sizes: Sizes, key_padding_mask: Any, attn_mask: Any, options: Options, device: Any
+) -> tuple[dict[str, Any], bool]:
+    """The native call's arguments for these masks, and whether ``with_dead_rows`` has to finish its output.
+
+    Args:
+        way: what ``way`` says of such masks.
+        spec: the layer.
+        sizes: what the masks fit.
+        key_padding_mask: (N, S) or (S,), or None.
+        attn_mask: (L, S) or (N * H, L, S), or None.
+        options: what is asked for.
         device: the layer's.
 
     Raises:
-        ArgumentError: a wrong shape; a fully masked row with the policy "error".
-        ArgumentTypeError: not a tensor of PyTorch, or of a dtype that is no mask's.
+        ArgumentError: a fully masked row with the policy "error".
+        ArgumentTypeError: of a dtype that is no mask's.
     """
-    given = {"key_padding_mask": key_padding_mask, "attn_mask": attn_mask}
-    asked = {name: mask for name, mask in given.items() if mask is not None}
-    if not _bool_will_do(asked, options):
+    if way.merged:
         return _merged(TorchOps(device), spec, sizes, key_padding_mask, attn_mask, options), False
-    live.mask_shapes(OPS, sizes, key_padding_mask, attn_mask)
-    alone = options.is_causal and not asked
-    if options.is_causal:
+    asked = {} if key_padding_mask is None else {"key_padding_mask": key_padding_mask}
+    if way.causal:
         causal = torch.ones((sizes.target, sizes.source), dtype=torch.bool, device=device).triu_(1)
         asked["attn_mask"] = causal if attn_mask is None else attn_mask | causal
-    if options.need_weights or spec.extra_columns or not sizes.source:
+        if way.causal == "hinted":
+            asked["is_causal"] = True
+    elif attn_mask is not None:
+        asked["attn_mask"] = attn_mask
+    if not way.dead:
         return asked, False
-    if alone:  # its first column is open; the hint spares scaled_dot_product_attention the mask
-        return {**asked, "is_causal": True}, False
     if not torch.is_grad_enabled():
         return asked, True
-    return _added(asked, spec, sizes), False
+    return _added(asked, way, spec, sizes), False
 
 
-def _bool_will_do(asked: dict[str, Any], options: Options) -> bool:
-    """Whether no mask needs to be made a number here. Before 2.0 the layer had one path, and other rules for masks."""
-    if _VERSION < (2, 0) or (options.fully_masked == "error" and asked):
-        return False
-    return all(isinstance(mask, torch.Tensor) and mask.dtype == torch.bool for mask in asked.values())
-
-
-def with_dead_rows(output: torch.Tensor, asked: dict[str, Any], spec: MHASpec, sizes: Sizes) -> torch.Tensor:
+def with_dead_rows(output: torch.Tensor, asked: dict[str, Any], way: Way, spec: MHASpec, sizes: Sizes) -> torch.Tensor:
     """The output, in place, with NaN in the rows whose every position is blocked for some head."""
     blocked = _joined(asked, sizes)
-    if _by_head(blocked, sizes):
+    if way.by_head:
         rows = blocked.amin(-1, keepdim=True)  # a vectorised all
         rows = rows.view(sizes.batch, sizes.heads, sizes.target, 1).amax(1)
         rows = rows if sizes.batched else rows[0]
@@ -78,16 +123,16 @@ def with_dead_rows(output: torch.Tensor, asked: dict[str, Any], spec: MHASpec, s
         rows = blocked.all(-1, keepdim=True)
     if rows.dim() == 3:
         rows = rows if spec.batch_first else rows.transpose(0, 1)
-    elif sizes.batched and ("attn_mask" not in asked) == spec.batch_first:  # one value a sequence, or one a target row
+    elif way.spread:
         rows = rows.unsqueeze(1)
-    return output.masked_fill_(rows, np.nan)
+    return output.masked_fill_(rows, _NAN)
 
 
-def _added(asked: dict[str, Any], spec: MHASpec, sizes: Sizes) -> dict[str, torch.Tensor]:
+def _added(asked: dict[str, Any], way: Way, spec: MHASpec, sizes: Sizes) -> dict[str, torch.Tensor]:
     """Bool masks as one float argument: -inf where they block, NaN in fully masked rows."""
     blocked = _joined(asked, sizes)
     mask = torch.zeros_like(blocked, dtype=getattr(torch, spec.dtype)).masked_fill_(blocked, -np.inf)
-    if _by_head(blocked, sizes):
+    if way.by_head:
         mask = _with_nan(mask)
     else:
         mask = mask.masked_fill_(blocked.all(-1, keepdim=True), np.nan)
@@ -109,10 +154,6 @@ def _joined(asked: dict[str, Any], sizes: Sizes) -> torch.Tensor:
         return padding.unsqueeze(-2) | mask
     by_head = mask.view(sizes.batch, sizes.heads, sizes.target, sizes.source)
     return (by_head | padding.view(sizes.batch, 1, 1, sizes.source)).reshape(mask.shape)
-
-
-def _by_head(blocked: torch.Tensor, sizes: Sizes) -> bool:
-    return blocked.dim() == 3 and len(blocked) == sizes.batch * sizes.heads
 
 
 def _with_nan(mask: torch.Tensor) -> torch.Tensor:
