@@ -27,6 +27,8 @@ from mhabridge.mapping import FRAMEWORKS
 SMALL = (8, 10, 128, 8)  # N, L, E, H
 LARGE = (8, 128, 512, 8)
 FORMS = ("attend", "drop-in")
+MASKS = ("no mask", "padding")
+MORE_MASKS = ("attn_mask", "both", "is_causal")  # PyTorch's, at the smaller size, where each takes another way
 # Where our forms run the native layer: this much on top. Elsewhere they compose: not slower at the larger size.
 PART, SECONDS = 0.03, 30e-6
 
@@ -38,30 +40,31 @@ class Case:
     framework: str
     device: str
     sizes: tuple[int, int, int, int]
-    padding: bool
+    masks: str
     backward: bool
     need_weights: bool
 
     @property
     def native_serves(self) -> bool:
-        return self.framework == "torch" or (self.framework == "mindspore" and not self.padding)
+        return self.framework == "torch" or (self.framework == "mindspore" and self.masks == "no mask")
 
     def __str__(self) -> str:
         size = "N={} L={:<3} E={}".format(*self.sizes)
-        mask = "padding" if self.padding else "no mask"
         passes = "backward" if self.backward else "forward"
         where = self.framework if self.device == "cpu" else f"{self.framework} {self.device}"
-        return f"{where:<11}{size}  {mask}  {passes:<8}  {'weights' if self.need_weights else '-':<7}"
+        return f"{where:<11}{size}  {self.masks:<9}  {passes:<8}  {'weights' if self.need_weights else '-':<7}"
 
     def payload(self) -> dict[str, Any]:
         batch, length, embed_dim, _ = self.sizes
         x = np.random.default_rng(0).standard_normal((batch, length, embed_dim)).astype(np.float32)
-        padding = np.arange(length) >= length - np.arange(batch)[:, None] % 4 if self.padding else None
+        padding = np.arange(length) >= length - np.arange(batch)[:, None] % 4
         return {
             "sizes": self.sizes,
             "device": self.device,
             "x": x,
-            "padding": padding,
+            "padding": padding if self.masks in ("padding", "both") else None,
+            "attn_mask": np.triu(np.ones((length, length), bool), 1) if self.masks in MORE_MASKS else None,
+            "is_causal": self.masks == "is_causal",
             "backward": self.backward,
             "need_weights": self.need_weights,
         }
@@ -109,8 +112,10 @@ def measure(info: BackendInfo) -> list[tuple[Case, str, Measured]]:
     worker = Worker(info.python, info.name, extra_modules=modules)
     found = []
     devices = worker.call("bench:devices", {})
-    for chosen in itertools.product(devices, (SMALL, LARGE), (False, True), (False, True), (False, True)):
-        case = Case(info.name, *chosen)
+    chosen = [*itertools.product(devices, (SMALL, LARGE), MASKS, (False, True), (False, True))]
+    if info.name == "torch":
+        chosen += itertools.product(devices, (SMALL,), MORE_MASKS, (False, True), (False, True))
+    for case in (Case(info.name, *one) for one in chosen):
         seconds = worker.call("bench:measure", case.payload())
         for form in FORMS:
             found.append((case, form, compared(seconds["native"], seconds[form])))
@@ -132,7 +137,7 @@ def main() -> int:
     chosen = sys.argv[1:] or list(FRAMEWORKS)
     infos = {info.name: info for info in mb.backends()}
     print(
-        f"{'framework':<11}{'size':<19}{'mask':<9}{'pass':<10}{'returns':<9}{'form':<8}{'ms':>9}{'ratio':>8}{'min/min':>9}"
+        f"{'framework':<11}{'size':<19}{'mask':<11}{'pass':<10}{'returns':<9}{'form':<8}{'ms':>9}{'ratio':>8}{'min/min':>9}"
         f"{'us added':>10}  {'ours is':<9}limit"
     )
     found = []

@@ -149,7 +149,12 @@ def measure(framework, payload):
     more = {"need_weights": payload["need_weights"]}
     if payload["padding"] is not None:
         more["key_padding_mask"] = bench.tensor(payload["padding"])
-    native_more = {**more, "average_attn_weights": True} if payload["need_weights"] else more
+    if payload["attn_mask"] is not None and not payload["is_causal"]:
+        more["attn_mask"] = bench.tensor(payload["attn_mask"])
+    native_more = {**more, "average_attn_weights": True} if payload["need_weights"] else dict(more)
+    if payload["is_causal"]:  # the mask comes with it in PyTorch's own layer, and is made in ours
+        more["is_causal"], native_more["is_causal"] = True, True
+        native_more["attn_mask"] = bench.tensor(payload["attn_mask"])
     for layer in (bench.native, bench.drop_in):
         bench.train(layer, payload["backward"])
     forms = {

@@ -23,7 +23,7 @@ def spec_of(layer: torch.nn.MultiheadAttention) -> MHASpec:
     if compiling() and _is_as_made(layer):
         return layer.made_of  # type: ignore[no-any-return]
     own = vars(layer)
-    out = layer.out_proj
+    in_bias, out_bias, dtype = _told(layer)
     # torch.compile warns about a cache and goes round it; and where a float is symbolic, no spec can be made.
     beyond = own.get("beyond")
     return (_spec if compiling() else _remembered_spec)(
@@ -32,14 +32,25 @@ def spec_of(layer: torch.nn.MultiheadAttention) -> MHASpec:
         layer.kdim,
         layer.vdim,
         layer.dropout,
-        layer.in_proj_bias is not None,
-        out.bias is not None,
+        in_bias is not None,
+        out_bias is not None,
         layer.bias_k is not None,
         layer.add_zero_attn,
         own.get("batch_first", False),  # since 1.9
-        out.weight.dtype,
+        dtype,
         tuple(beyond.items()) if beyond else (),
     )
+
+
+def _told(layer: torch.nn.MultiheadAttention) -> tuple[Any, Any, Any]:
+    """The biases and the dtype, from where a Module keeps them: as attributes they take longer than all the rest."""
+    if not compiling():
+        try:
+            out = vars(vars(layer)["_modules"]["out_proj"])["_parameters"]
+            return vars(layer)["_parameters"]["in_proj_bias"], out["bias"], out["weight"].dtype
+        except KeyError:  # parametrized ones are made when they are asked for
+            pass
+    return layer.in_proj_bias, layer.out_proj.bias, layer.out_proj.weight.dtype
 
 
 def _spec(
