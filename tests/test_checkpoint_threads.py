@@ -174,7 +174,7 @@ def test_verification_reports_progress(tmp_path: Path, monkeypatch: pytest.Monke
     assert seen == sorted(seen)
     assert report.bytes <= seen[compared[0] - 1][0] < 1.01 * report.bytes  # with what is beside the numbers
     assert seen[-1][0] == 2 * report.bytes
-    assert len(seen) > compared[0] + 8
+    assert len(seen) > compared[0] + 4  # several tensors, each compared in pieces of 4 MiB
 
 
 def test_there_is_room_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -71,6 +71,14 @@ class Scratch:
     def __init__(self) -> None:
         self._memory = np.empty(0, np.uint8)
         self._lines: tuple[Any, list[memoryview]] = (None, [])
+        self._beside: Scratch | None = None
+
+    @property
+    def beside(self) -> Scratch:
+        """More of it, for who needs two at a time."""
+        if self._beside is None:
+            self._beside = Scratch()
+        return self._beside
 
     def take(self, size: int) -> np.ndarray:
         """So many bytes; what was taken before is no longer valid."""

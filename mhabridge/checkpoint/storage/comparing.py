@@ -11,7 +11,7 @@ from mhabridge.checkpoint.storage import transposing
 from mhabridge.checkpoint.storage.blocks import Scratch
 from mhabridge.checkpoint.storage.stored import StoredFile, StoredTensor, bytes_of
 
-_PIECE = 1 << 20  # bytes of each side; after each of smaller ones threads wait for Python's lock
+_PIECE = 4 << 20  # bytes of each side; after each of smaller ones threads wait for Python's lock
 
 Watch = Callable[[memoryview], None]
 
@@ -50,7 +50,7 @@ def same_bits(
     scratch, swapped = scratch or Scratch(), view.plain and not other.plain
     if swapped:
         mine, view, theirs, other = theirs, other, mine, view
-    buffer, position = memoryview(bytearray(min(_PIECE, other.nbytes))), 0
+    buffer, position = scratch.beside.take(min(_PIECE, other.nbytes)).data, 0
     for piece in _pieces(mine, view, scratch):
         for start in range(0, len(piece), _PIECE):
             part = piece[start : start + _PIECE]
