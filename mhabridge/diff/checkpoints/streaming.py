@@ -190,7 +190,8 @@ class _Stream:
         self.file, self.tensor = side.file, dataclasses.replace(side.tensor, checksum=None)
         self.kind, self.at = words_of(self.tensor.dtype), start
         self.plain = self.tensor.plain
-        self._buffer = np.empty(min(PIECE, self.tensor.size) if self.plain else 0, self.kind)
+        size = min(PIECE, self.tensor.size) if self.plain else 0
+        self._buffer = scratch.take(size * self.kind.itemsize).view(self.kind)
         self._bytes = bytes_of(self._buffer)
         self._pieces = iter(()) if self.plain else _strided(self.file, self.tensor, scratch, sheet)
         self._piece = np.empty(0, self.kind)

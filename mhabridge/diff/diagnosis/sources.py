@@ -77,10 +77,11 @@ def _narrowed(values: np.ndarray, narrow: str) -> np.ndarray:
 
 def order_of(own: Sequence[int], rows: Sequence[int]) -> list[int] | None:
     """For each row its place among others, when each is there once and all are used; None otherwise."""
-    if len(own) != len(rows) or len(set(rows)) != len(rows) or set(own) != set(rows):
-        return None
     place = {row: number for number, row in enumerate(rows)}
-    return [place[row] for row in own]
+    if len(own) != len(rows) or len(place) != len(rows) or not all(map(place.__contains__, own)):
+        return None
+    found = [place[row] for row in own]
+    return found if len(set(found)) == len(found) else None
 
 
 def together(first: Iterator[np.ndarray], second: Iterator[np.ndarray]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
