@@ -156,10 +156,12 @@ class _Finder:
     Args:
         said: the number of heads that the user says.
         config: what lies beside the checkpoint.
+        alike: what was read of layers before; most of a model's are alike.
     """
 
     said: int | None
     config: configuration.Configuration
+    alike: dict[Any, tuple[str, MHASpec]] = dataclasses.field(default_factory=dict)
 
     def require_plain(self) -> list[str]:
         """Notes on what config.json says of the whole model, which must have plain attention."""
@@ -211,19 +213,38 @@ class _Finder:
     def _block(
         self, prefix: str, own: Mapping[str, StoredTensor], known: dict[str, Any], heads: int | None, notes: list[str]
     ) -> Block:
-        said, fields = list(notes), dict(known)
-        layout = fields.pop("layout", None)
-        if layout is None:
-            layout = layouts.recognise(shapes_of(own), prefix, **fields).layout
-        # What else lies there is not the layer's, and is carried like any tensor: recognising has refused what may be.
-        own_names = {packing.join(prefix, tensor.name) for tensor in packing.find(layout).tensors}
-        own = {name: tensor for name, tensor in own.items() if name in own_names}
-        dtype = _dtype(prefix, list(own.values()))
-        spec = layouts.spec_from_shapes(
-            layout, shapes_of(own), 1 if heads is None else heads, prefix, said, **{**fields, "dtype": dtype}
-        )
+        said = list(notes)
+        layout, spec = self._read(prefix, own, known, heads, said)
+        own = _of_layout(layout, prefix, own)
         views = parts_of(packing.find(layout), spec, packing.below(prefix, own))
         return Block(prefix, layout, spec, heads is not None, tuple(own), views, tuple(said))
+
+    def _read(
+        self, prefix: str, own: Mapping[str, StoredTensor], known: dict[str, Any], heads: int | None, said: list[str]
+    ) -> tuple[str, MHASpec]:
+        """The layout and the spec of what lies under a prefix; notes on it are added to what is said."""
+        below = {name: (tensor.shape, tensor.dtype) for name, tensor in packing.below(prefix, own).items()}
+        kind = (tuple(below.items()), tuple(sorted(known.items())), heads)
+        found = self.alike.get(kind)
+        if found is None:
+            before, fields = len(said), dict(known)
+            layout = fields.pop("layout", None)
+            if layout is None:
+                layout = layouts.recognise(shapes_of(own), prefix, **fields).layout
+            own = _of_layout(layout, prefix, own)
+            dtype = _dtype(prefix, list(own.values()))
+            heads = 1 if heads is None else heads
+            spec = layouts.spec_from_shapes(layout, shapes_of(own), heads, prefix, said, **{**fields, "dtype": dtype})
+            found = layout, spec
+            if len(said) == before:  # notes have the layer's path in them
+                self.alike[kind] = found
+        return found
+
+
+def _of_layout(layout: str, prefix: str, own: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
+    """The layer's own tensors: what else lies there is carried like any other; recognising has refused what may be."""
+    names = {packing.join(prefix, tensor.name) for tensor in packing.find(layout).tensors}
+    return {name: tensor for name, tensor in own.items() if name in names}
 
 
 def _of_layer(prefix: str, error: ArgumentError | WeightsError) -> MHABridgeError:
