@@ -14,8 +14,11 @@ from mhabridge.diff.comparing import Comparison
 from mhabridge.errors import ArgumentError
 
 Progress = Callable[[int, int], None]
+Task = tuple[int, int, int]  # the number of a pair, the first element, and how many
 MOST_WORKERS = 4  # threads; more would wait for memory
 _STRETCH = 8 << 20  # elements that one thread takes of a large tensor
+_TOGETHER = 1 << 20  # elements: to hand over a small tensor by itself takes longer than to compare it
+_MOST_TOGETHER = 256  # so that progress is seen, and adding up stays cheap
 _memory = threading.local()
 
 
@@ -72,12 +75,10 @@ def _stretches(first: Side, second: Side) -> Iterator[tuple[int, int]]:
         yield start, min(step, size - start)
 
 
-def _measured(
-    ways: Sequence[tuple[Side, Side]], tasks: Sequence[tuple[int, int, int]], workers: int
-) -> Iterator[Found]:
+def _measured(ways: Sequence[tuple[Side, Side]], tasks: Sequence[Task], workers: int) -> Iterator[Found]:
     sheet = streaming.sheet_size(workers)
 
-    def one(task: tuple[int, int, int]) -> Found:
+    def one(task: Task) -> Found:
         number, start, count = task
         return streaming.measure(*ways[number], _scratches(), sheet, start, count)
 
@@ -86,9 +87,22 @@ def _measured(
         return
     pool = concurrent.futures.ThreadPoolExecutor(workers)
     try:
-        yield from pool.map(one, tasks)
+        for found in pool.map(lambda some: [one(task) for task in some], _bundles(tasks)):
+            yield from found
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def _bundles(tasks: Sequence[Task]) -> Iterator[list[Task]]:
+    """Tasks in their order, small ones together."""
+    bundle: list[Task] = []
+    for task in tasks:
+        bundle.append(task)
+        if sum(one[2] for one in bundle) >= _TOGETHER or len(bundle) >= _MOST_TOGETHER:
+            yield bundle
+            bundle = []
+    if bundle:
+        yield bundle
 
 
 def _scratches() -> tuple[Scratch, Scratch]:

@@ -77,8 +77,10 @@ def _narrowed(values: np.ndarray, narrow: str) -> np.ndarray:
 
 def order_of(own: Sequence[int], rows: Sequence[int]) -> list[int] | None:
     """For each row its place among others, when each is there once and all are used; None otherwise."""
+    if len(own) != len(rows) or (own and own[0] not in rows):  # before much is made of many numbers
+        return None
     place = {row: number for number, row in enumerate(rows)}
-    if len(own) != len(rows) or len(place) != len(rows) or not all(map(place.__contains__, own)):
+    if len(place) != len(rows) or not all(map(place.__contains__, own)):
         return None
     found = [place[row] for row in own]
     return found if len(set(found)) == len(found) else None
