@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ import pytest
 from mhabridge.checkpoint.formats import npz_writing, safetensors_file, sharded
 from mhabridge.checkpoint.formats.known import open_checkpoint
 from mhabridge.checkpoint.storage.stored import StoredObject
+from mhabridge.checkpoint.storage.writing import Outgoing
 from mhabridge.errors import CheckpointError
 from tests.checkpoint_files import assert_holds, outgoing, written
 
@@ -196,3 +198,23 @@ def test_a_wrong_total_size_is_a_note(index):
     change(index, metadata={"total_size": 7})
     with open_checkpoint(index) as opened:
         assert opened.notes == ("The index speaks of 7 bytes, and the tensors have 360.",)
+
+
+def test_an_error_in_one_of_many_shards_ends_the_others_and_leaves_none(tmp_path):
+    """Each is written by one thread."""
+    whole = []
+
+    def fails(sink):
+        raise CheckpointError("x", given="what cannot be read", expected="a tensor")
+
+    def slow(sink):
+        for _ in range(200):
+            time.sleep(0.005)
+            sink.write(bytes(8))
+        whole.append(sink)
+
+    shards = [[Outgoing(str(number), "uint8", (1600,), fails if number == 1 else slow)] for number in range(6)]
+    with pytest.raises(CheckpointError, match="what cannot be read"):
+        sharded.write(tmp_path / "m.safetensors.index.json", shards, workers=2)
+    assert not list(tmp_path.iterdir())
+    assert whole == []

@@ -108,10 +108,23 @@ def write(
     targets = [*(index.with_name(name) for name in names), index]
     old = _old_files(index) if force else []
     with atomic.replacing_all(targets, force, sync) as descriptors:
-        with Workers(usual_count() if workers is None else workers) as threads:
-            for number, shard in enumerate(shards):
+        count = usual_count() if workers is None else workers
+        # The kernel lets one thread at a time write to a file: where there are enough, each has files of its own.
+        apart = 1 < count <= len(shards) // 2
+        with Workers(count) as threads:
+            for number, (descriptor, shard) in enumerate(zip(descriptors, shards, strict=False)):
                 kept = objects if number == 0 else ()
-                safetensors_file.write(Sink(descriptors[number], progress, threads), shard, kept, metadata)
+
+                def write_shard(descriptor: int = descriptor, shard: Any = shard, kept: Any = kept) -> None:
+                    sink = Sink(descriptor, progress, threads, divided=not apart)
+                    sink.scratch = threads.scratch
+                    safetensors_file.write(sink, shard, kept, metadata)
+
+                if apart:
+                    threads.give(write_shard)
+                else:
+                    write_shard()
+            threads.wait()
         Sink(descriptors[-1]).write(text)
         if check is not None:
             check(descriptors)

@@ -9,7 +9,7 @@ import os
 import threading
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent import futures
 from types import TracebackType
 
 from mhabridge.checkpoint.storage.blocks import Scratch
@@ -52,8 +52,8 @@ class Workers:
     """
 
     def __init__(self, count: int) -> None:
-        self._pool = ThreadPoolExecutor(count) if count > 1 else None
-        self._waiting: deque[Future[None]] = deque()
+        self._pool = futures.ThreadPoolExecutor(count) if count > 1 else None
+        self._waiting: deque[futures.Future[None]] = deque()
         self._own = threading.local()
         self.stopped = False
 
@@ -72,9 +72,12 @@ class Workers:
             self._waiting.append(self._pool.submit(job))
 
     def wait(self) -> None:
-        """Wait for all jobs; of several errors the one of the job that was given first is raised."""
+        """Wait for all jobs, or until one fails; of several errors that of the job that was given first is raised."""
+        futures.wait(self._waiting, return_when=futures.FIRST_EXCEPTION)
         while self._waiting:
-            self._waiting.popleft().result()
+            one = self._waiting.popleft()
+            if one.done():
+                one.result()
 
     def __enter__(self) -> Workers:
         return self

@@ -26,7 +26,8 @@ class Sink:
     Args:
         descriptor: an open file; bytes are written from its start on, wherever its own position is.
         progress: called with the number of bytes that were just written, from any of the threads.
-        workers: who writes what ``later`` is given; None: the caller.
+        workers: who writes what ``later`` is given; None: the caller. Once they are stopped, nothing is written.
+        divided: False when the caller is one of the workers, and writes all of it.
 
     Attributes:
         position: how many bytes were written, or are to be written before the next.
@@ -34,11 +35,15 @@ class Sink:
     """
 
     def __init__(
-        self, descriptor: int, progress: Callable[[int], None] | None = None, workers: Workers | None = None
+        self,
+        descriptor: int,
+        progress: Callable[[int], None] | None = None,
+        workers: Workers | None = None,
+        divided: bool = True,
     ) -> None:
         self.descriptor = descriptor
         self.position = 0
-        self._progress, self._workers = progress, workers
+        self._progress, self._workers, self._divided = progress, workers, divided
         self.scratch = Scratch()
         self._crc: int | None = None
 
@@ -90,7 +95,7 @@ class Sink:
         Raises:
             CheckpointError: ``emit`` wrote more or fewer; from ``wait`` when another thread did that.
         """
-        if self._workers is None or length < WORTH_A_THREAD:
+        if self._workers is None or not self._divided or length < WORTH_A_THREAD:
             _emit(self, length, emit)
             return
         part = copy.copy(self)
@@ -105,7 +110,7 @@ class Sink:
 
     def wait(self) -> None:
         """Wait until everything that ``later`` was given is written."""
-        if self._workers is not None:
+        if self._workers is not None and self._divided:
             self._workers.wait()
 
     def start_crc(self) -> None:
