@@ -1,6 +1,6 @@
 """Two stored tensors beside each other, read in pieces: what they hold is compared, whatever way round it lies.
 
-Memory is bounded: pieces of 786,432 elements of each side, and sheets of matrices that lie transposed, 144 MiB of these
+Memory is bounded: pieces of 786,432 elements of each side, and sheets of matrices that lie transposed, 132 MiB of these
 in all threads together. Checksums are not looked at: where a file is damaged, its numbers differ.
 """
 
