@@ -93,14 +93,61 @@ def test_native_is_composed(name: str, need_weights: bool, gradients: bool, laye
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5, equal_nan=True)
 
 
+def square(call: dict[str, Any]) -> dict[str, Any]:
+    """The masks of a call for as many targets as sources: without the last columns, and with the same dead rows."""
+    return {
+        name: item[:, :L] if name == "key_padding_mask" else item[..., :L] if name == "attn_mask" else item
+        for name, item in call.items()
+    }
+
+
 @pytest.mark.parametrize("need_weights", [False, True])
-@pytest.mark.parametrize("name", ["no mask", "causal", "padding", "padding and causal", "float padding"])
-def test_self_attention_without_gradients(name: str, need_weights: bool) -> None:
+@pytest.mark.parametrize("layer", [{}, {"add_bias_kv": True}, {"bias": False}, {"batch_first": False}])
+@pytest.mark.parametrize("name", list(CALLS))
+def test_self_attention_without_gradients(name: str, layer: dict[str, bool], need_weights: bool) -> None:
     """One tensor three times: where PyTorch takes its fast path."""
-    call = {**CALLS[name], "need_weights": need_weights}
-    native, composed = (answers(mode, call, (S, S), False) for mode in ("native", "composed"))
+    call = {**square(CALLS[name]), "need_weights": need_weights}
+    native, composed = (answers(mode, call, (L, L), False, **layer) for mode in ("native", "composed"))
+    assert len(native) == len(composed) == 1 + need_weights
     for one, other in zip(native, composed, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5, equal_nan=True)
+
+
+FAST = {
+    "self-attention": ({}, True),
+    "another key": ({}, False),
+    "training": ({}, False),
+    "batch second": ({"batch_first": False}, False),
+    "no bias": ({"bias": False}, False),
+    "an odd number of heads": ({"num_heads": 1}, False),
+    "added columns": ({"add_zero_attn": True}, False),
+}
+
+
+@pytest.mark.parametrize("case", list(FAST))
+def test_weights_are_asked_for_beyond_the_call_only_where_they_cost_nothing(
+    case: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the fast path, which has them anyway: PyTorch takes it where it is expected, and nowhere else."""
+    arguments, expected = FAST[case]
+    layer = torch.nn.MultiheadAttention(**{"embed_dim": E, "num_heads": H, "batch_first": True, **arguments})
+    layer.train(case == "training")
+    x = torch.randn((L, N, E) if case == "batch second" else (N, L, E))
+    forward, fast_path = torch.nn.MultiheadAttention.forward, torch._native_multi_head_attention
+    asked, fast = [], []
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        asked.append(kwargs["need_weights"])
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(torch.nn.MultiheadAttention, "forward", watched)
+    monkeypatch.setattr(torch, "_native_multi_head_attention", lambda *args: fast.append(True) or fast_path(*args))
+    with torch.no_grad():
+        key = x.clone() if case == "another key" else x
+        _, weights = mb.attend(layer, x, key, x, need_weights=False, **square(CALLS["padding"]))
+    assert weights is None
+    assert asked == [expected]
+    assert bool(fast) == expected
 
 
 @pytest.mark.parametrize("need_weights", [False, True])

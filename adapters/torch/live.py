@@ -67,9 +67,11 @@ def _plan(spec: MHASpec, inputs: tuple[Any, Any, Any], masks: tuple[Any, Any], o
         return _made_plan(spec, inputs, masks, options)
     query, key, value = inputs
     try:
-        tensors = (query.shape, key.shape, value.shape, query.dtype, key.dtype, value.dtype)
+        # A shape takes longer to make than to look up, so those of self-attention are told by how many there are.
+        others = () if query is key and key is value else (key.shape, value.shape, key.dtype, value.dtype)
         asked = (options.mode, options.fully_masked, options.average_attn_weights, options.need_weights)
-        kind = (id(spec), *tensors, *asked, options.is_causal, *map(_kind_of, masks))
+        flags = (options.is_causal, options.training)
+        kind = (id(spec), query.shape, query.dtype, *others, *asked, *flags, *map(_kind_of, masks))
         found = _PLANS.get(kind)
     except (AttributeError, TypeError):  # no tensors: to be refused
         return _made_plan(spec, inputs, masks, options)
@@ -93,8 +95,10 @@ def _made_plan(spec: MHASpec, inputs: tuple[Any, Any, Any], masks: tuple[Any, An
     reason = _why_composed(spec, options, masked) or _too_old(spec, inputs[0], options)
     if not reason and masked and not compiling() and sizes.batch == 0:
         reason = "PyTorch's own layer cannot shape a mask for an empty batch."
-    native = native_masks.way(spec, sizes, *masks, options) if masked and not reason else None
-    return _Plan(spec, reason, sizes, native)
+    if reason or not masked:
+        return _Plan(spec, reason, sizes, None)
+    itself = not compiling() and inputs[0] is inputs[1] and inputs[1] is inputs[2]
+    return _Plan(spec, "", sizes, native_masks.way(spec, sizes, *masks, options, itself))
 
 
 def _why_composed(spec: MHASpec, options: Options, masked: bool) -> str:
@@ -133,5 +137,7 @@ def _attend_native(
         return answer
     device = inputs[0].device
     asked, finish = native_masks.lower(way, spec, sizes, key_padding_mask, attn_mask, options, device)
-    output, attention = torch.nn.MultiheadAttention.forward(layer, *inputs, **flags, **asked)
-    return native_masks.with_dead_rows(output, asked, way, spec, sizes) if finish else output, attention
+    output, attention = torch.nn.MultiheadAttention.forward(layer, *inputs, **{**flags, **asked})
+    if finish:
+        output = native_masks.with_dead_rows(output, asked, way, spec, sizes)
+    return output, attention if options.need_weights else None

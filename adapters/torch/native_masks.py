@@ -3,8 +3,9 @@
 Bool masks go to it as they are where that is right, because its fast path takes no others. With weights all paths
 answer a fully masked row with NaN. Without, ``scaled_dot_product_attention`` makes it the out bias and its gradients
 zero, so the NaN comes from here: inside a float mask where gradients are recorded (then they are NaN where the
-formula's are), else written into the output, which keeps the fast path. Nothing here waits for the device; and as each
-operation takes some microseconds, the usual masks, one of two axes, have a way with few of them.
+formula's are); else from weights that are asked for all the same where they cost nothing, on the fast path on a CPU,
+which has them anyway; else written into the output. Nothing here waits for the device; and as each operation takes some
+microseconds, the usual masks, one of two axes, have a way with few of them.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ class Way(NamedTuple):
         dead: fully masked rows have to be made NaN here.
         by_head: all masks together have an axis of (N * H).
         spread: rows that are fully masked need an axis more to fit the output.
+        fast: on a CPU the layer is expected to take its fast path; where it does not, the answer is the same.
     """
 
     merged: bool
@@ -42,9 +44,12 @@ class Way(NamedTuple):
     dead: bool = False
     by_head: bool = False
     spread: bool = False
+    fast: bool = False
 
 
-def way(spec: MHASpec, sizes: Sizes, key_padding_mask: Any, attn_mask: Any, options: Options) -> Way:
+def way(
+    spec: MHASpec, sizes: Sizes, key_padding_mask: Any, attn_mask: Any, options: Options, itself: bool = False
+) -> Way:
     """How masks like these are lowered.
 
     Args:
@@ -53,6 +58,7 @@ def way(spec: MHASpec, sizes: Sizes, key_padding_mask: Any, attn_mask: Any, opti
         key_padding_mask: (N, S) or (S,), or None.
         attn_mask: (L, S) or (N * H, L, S), or None.
         options: what is asked for.
+        itself: query, key and value are one tensor.
 
     Raises:
         ArgumentError: a wrong shape.
@@ -74,13 +80,21 @@ def way(spec: MHASpec, sizes: Sizes, key_padding_mask: Any, attn_mask: Any, opti
     across = attn_mask is not None or options.is_causal  # one value a target row
     alone = (key_padding_mask is None) == across and axes < 3
     spread = sizes.batched and alone and across != spec.batch_first
-    return Way(False, causal, not (silent or hinted), by_head, spread)
+    fast = itself and sizes.batched and not options.training and _has_fast_path(spec)
+    return Way(False, causal, not (silent or hinted), by_head, spread, fast)
+
+
+def _has_fast_path(spec: MHASpec) -> bool:
+    packed = spec.key_features == spec.value_features == spec.embed_dim
+    return bool(packed and spec.bias and spec.batch_first and spec.num_heads % 2 == 0 and not spec.extra_columns)
 
 
 def lower(
     way: Way, spec: MHASpec, sizes: Sizes, key_padding_mask: Any, attn_mask: Any, options: Options, device: Any
 ) -> tuple[dict[str, Any], bool]:
     """The native call's arguments for these masks, and whether ``with_dead_rows`` has to finish its output.
+
+    The arguments go over those that were asked for: weights that nobody asked for are to be dropped.
 
     Args:
         way: what ``way`` says of such masks.
@@ -107,9 +121,11 @@ def lower(
         asked["attn_mask"] = attn_mask
     if not way.dead:
         return asked, False
-    if not torch.is_grad_enabled():
-        return asked, True
-    return _added(asked, way, spec, sizes), False
+    if torch.is_grad_enabled():
+        return _added(asked, way, spec, sizes), False
+    if way.fast and device.type == "cpu":
+        return {**asked, "need_weights": True, "average_attn_weights": False}, False
+    return asked, True
 
 
 def with_dead_rows(output: torch.Tensor, asked: dict[str, Any], way: Way, spec: MHASpec, sizes: Sizes) -> torch.Tensor:
