@@ -50,6 +50,14 @@ class Ops:
         """Whether the framework itself casts tensors at the moment (autocast), so that dtypes need not agree."""
         return False
 
+    def traces(self, x: Tensor) -> bool:
+        """Whether a tensor has no values that could be looked at: somebody records what is done with it."""
+        return False
+
+    def shape(self, x: Tensor) -> tuple[int, ...]:
+        """The tensor's axes."""
+        return tuple(int(size) for size in x.shape)
+
     def narrow(self, x: Tensor, dtype: str) -> Tensor:
         """A float tensor in ``dtype``; what is finite stays finite (clipped to the largest number), -inf stays -inf."""
         raise NotImplementedError
@@ -201,35 +209,35 @@ def forward(ops: Ops, spec: MHASpec, tensors: dict[str, Tensor], call: Call) -> 
         output = output + tensors["query"]
     if spec.out_proj_size == 0 and call.fully_masked == "nan":
         # Only a dead head's own features are NaN by themselves; NaN - NaN (elsewhere 0) makes it the whole row.
-        n, _, length, _ = (int(size) for size in probabilities.shape)
+        n, _, length, _ = ops.shape(probabilities)
         sums = ops.reshape(ops.total(probabilities, (1, 3)), (n, length, 1))
         output = output + (sums - sums)
     if call.need_weights and call.average_attn_weights:
-        n, heads, length, columns = (int(size) for size in attention.shape)
+        n, heads, length, columns = ops.shape(attention)
         attention = ops.reshape(ops.times(ops.total(attention, (1,)), 1.0 / heads), (n, length, columns))
     return output, attention
 
 
 def _linear(ops: Ops, name: str, x: Tensor, tensors: dict[str, Tensor]) -> Tensor:
     """Y = X W^T + b, over rows: one large product, whose gradient keeps its axes in every framework."""
-    n, length, features = (int(size) for size in x.shape)
+    n, length, features = ops.shape(x)
     y = ops.linear(ops.reshape(x, (n * length, features)), tensors[f"{name}_weight"], tensors.get(f"{name}_bias"))
-    return ops.reshape(y, (n, length, int(y.shape[-1])))
+    return ops.reshape(y, (n, length, ops.shape(y)[-1]))
 
 
 def _project(ops: Ops, name: str, x: Tensor, spec: MHASpec, tensors: dict[str, Tensor]) -> Tensor:
     """(N, T, features) to (N, H, T, head size)."""
-    n, length, features = (int(size) for size in x.shape)
+    n, length, features = ops.shape(x)
     if getattr(spec, f"{name}_proj_size") == 0:  # every head gets the whole tensor
         whole = ops.reshape(x, (n, 1, length, features))
         return ops.broadcast(whole, (n, spec.num_heads, length, features))
     y = _linear(ops, name, x, tensors)
-    size = int(y.shape[-1]) // spec.num_heads
+    size = ops.shape(y)[-1] // spec.num_heads
     return ops.transpose(ops.reshape(y, (n, length, spec.num_heads, size)), (0, 2, 1, 3))
 
 
 def _append(ops: Ops, bias: str, x: Tensor, spec: MHASpec, tensors: dict[str, Tensor]) -> Tensor:
-    n, heads, _, size = (int(length) for length in x.shape)
+    n, heads, _, size = ops.shape(x)
     columns = [x]
     if spec.add_bias_kv:
         columns.append(ops.broadcast(ops.reshape(tensors[bias], (1, heads, 1, size)), (n, heads, 1, size)))
@@ -242,7 +250,7 @@ def _widen(ops: Ops, mask: Tensor, spec: MHASpec) -> Tensor:
     """Open columns for what add_bias_kv and add_zero_attn appended."""
     if not spec.extra_columns:
         return mask
-    shape = (*(int(size) for size in mask.shape[:3]), spec.extra_columns)
+    shape = (*ops.shape(mask)[:3], spec.extra_columns)
     return ops.concat([mask, ops.zeros(shape, spec.dtype)], 3)
 
 
@@ -255,7 +263,7 @@ def _softmax(ops: Ops, scores: Tensor, fully_masked: str) -> Tensor:
 
 
 def _join(ops: Ops, x: Tensor) -> Tensor:
-    n, heads, length, size = (int(s) for s in x.shape)
+    n, heads, length, size = ops.shape(x)
     return ops.reshape(ops.transpose(x, (0, 2, 1, 3)), (n, length, heads * size))
 
 

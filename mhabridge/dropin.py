@@ -156,15 +156,32 @@ def require_part(part: Any, path: str, method: str, *classes: type) -> Any:
     Raises:
         UnsupportedError: it is another one.
     """
-    for known in classes:
-        own = getattr(type(part), method, None) is getattr(known, method)
-        if isinstance(part, known) and own and method not in vars(part):
-            return part
+    if is_part(part, method, *classes):
+        return part
     raise UnsupportedError(
         path,
         given=f"{type(part).__module__}.{type(part).__qualname__}",
         expected=" or ".join(f"{known.__module__.partition('.')[0]}'s {known.__name__}" for known in classes),
         advice="What it computes is not known, so it is not moved. The attentions can be, one by one.",
+    )
+
+
+def is_part(part: Any, method: str, *classes: type) -> bool:
+    """Whether a part is one of a framework's own and computes what that does; see ``require_part``.
+
+    Example:
+        >>> class Own:
+        ...     def forward(self): ...
+        >>> class Odd(Own):
+        ...     def forward(self): ...
+        >>> is_part(Own(), "forward", Own), is_part(Odd(), "forward", Own)
+        (True, False)
+    """
+    return any(
+        isinstance(part, known)
+        and getattr(type(part), method, None) is getattr(known, method)
+        and method not in vars(part)
+        for known in classes
     )
 
 

@@ -130,7 +130,7 @@ def attend(
     output = _restored(ops, spec, output, batched)
     if not options.need_weights:
         return output, None
-    return output, attention if batched else ops.reshape(attention, tuple(int(n) for n in attention.shape[1:]))
+    return output, attention if batched else ops.reshape(attention, ops.shape(attention)[1:])
 
 
 def check(ops: Ops, spec: MHASpec, inputs: tuple[Any, Any, Any], options: Options) -> bool:
@@ -160,7 +160,8 @@ def refuse_fully_masked(ops: Ops, spec: MHASpec, sizes: masks.Sizes, mask: Tenso
     """With the policy "error", look at the mask, and raise for a row without any open position."""
     if options.fully_masked != "error" or spec.extra_columns or not sizes.source:
         return
-    dead = np.isneginf(dtypes.to_float64(ops.numpy(mask))).all(axis=-1)
+    values = _values(ops, mask, "fully_masked", "'error'", 'Use "nan" or "zero", or call it without a compiler.')
+    dead = np.isneginf(dtypes.to_float64(values)).all(axis=-1)
     masks.refuse_fully_masked(np.broadcast_to(dead, (sizes.batch, sizes.heads, sizes.target)))
 
 
@@ -214,20 +215,32 @@ def _additive(ops: Ops, mask: Any, name: str, spec: MHASpec) -> Tensor:
     if kind not in ("bool", "uint8", "int8", "int16", "int32", "int64", "uint16", "uint32", "uint64"):
         raise ArgumentTypeError(name, given=kind, expected="bool, integers or " + ", ".join(dtypes.FLOATS))
     if kind not in ("bool", "uint8"):
-        masks.blocked_by(ops.numpy(mask), name)  # refuses other integers than 0 and 1
+        found = _values(ops, mask, name, f"a mask of {kind}", "Convert it to bool (True: may not attend).")
+        masks.blocked_by(found, name)  # refuses other integers than 0 and 1
     return ops.blocked(mask, spec.dtype)
+
+
+def _values(ops: Ops, mask: Any, name: str, given: str, advice: str) -> np.ndarray:
+    if ops.traces(mask):
+        raise UnsupportedError(
+            name,
+            given=f"{given}, in a call that is compiled, exported or vectorised",
+            expected="a call that needs no look at the values in a mask",
+            advice=advice,
+        )
+    return ops.numpy(mask)
 
 
 def _canonical(ops: Ops, spec: MHASpec, x: Tensor, batched: bool) -> Tensor:
     """To (N, L, E)."""
     if not batched:
-        return ops.reshape(x, (1, *(int(size) for size in x.shape)))
+        return ops.reshape(x, (1, *ops.shape(x)))
     return x if spec.batch_first else ops.transpose(x, (1, 0, 2))
 
 
 def _restored(ops: Ops, spec: MHASpec, x: Tensor, batched: bool) -> Tensor:
     if not batched:
-        return ops.reshape(x, tuple(int(size) for size in x.shape[1:]))
+        return ops.reshape(x, ops.shape(x)[1:])
     return x if spec.batch_first else ops.transpose(x, (1, 0, 2))
 
 

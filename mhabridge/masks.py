@@ -300,6 +300,9 @@ def _take_apart(mask: Any, name: str, place: Any, sizes: Sizes) -> _Part | None:
 
 
 def _as_mask(mask: Any, name: str) -> np.ndarray:
+    if not isinstance(mask, (np.ndarray, np.generic, list, tuple)) or isinstance(mask, np.ma.MaskedArray):
+        given = f"{type(mask).__module__}.{type(mask).__qualname__}"
+        raise ArgumentTypeError(name, given=given, expected="a NumPy array of bool, integers or floats")
     try:
         array = np.asarray(mask)
     except Exception as error:  # ragged lists (ValueError), tensors that need a gradient or have no NumPy dtype (any)

@@ -172,7 +172,21 @@ def test_empty(backend_name: str, empty: str, mode: str) -> None:
     refuse = refused(backend_name, mode, "features", "empty")
     refuse |= empty == "S" and refused(backend_name, mode, "features", "empty_source")
     refuse |= empty == "L" and refused(backend_name, mode, "features", "empty_target")
-    check_on(backend_name, spec, MHAWeights.random(spec), arrays, refuse, mode=mode)
+    masks = {"key_padding_mask": np.zeros((n, source), bool), "is_causal": True}
+    for call in ({}, masks, {"grad_output": np.ones((n, target, 16), np.float32), **masks}):
+        check_on(backend_name, spec, MHAWeights.random(spec), arrays, refuse, mode=mode, **call)
+
+
+def test_arrays_in_the_other_byte_order(backend_name: str) -> None:
+    spec = spec_of("plain")
+    weights, arrays = material(spec)
+    call = {**masks_of("attn float"), "grad_output": np.ones((L, N, 16), np.float32)}
+    expected = answer(backend_name, spec, weights, arrays, **call)
+    swapped = [array.astype(array.dtype.newbyteorder("S")) for array in arrays]
+    call = {name: item.astype(item.dtype.newbyteorder("S")) for name, item in call.items()}
+    found = answer(backend_name, spec, weights, swapped, **call)
+    for name, array in named(expected).items():
+        np.testing.assert_array_equal(named(found)[name], array)
 
 
 def test_the_same_call_twice_gives_the_same_bits(backend_name: str) -> None:
@@ -373,6 +387,13 @@ def test_build_then_extract_is_bit_exact(framework: str, name: str, dtype: str) 
 # -- refusals before any framework is called ---------------------------------------------------------------------------
 
 
+class NoArray:
+    """Another framework's tensor, as NumPy sees it: it can be made an array."""
+
+    def __array__(self, *args: Any, **kwargs: Any) -> np.ndarray:
+        return np.zeros((L, S), bool)
+
+
 def bad_calls() -> dict[str, tuple[type[Exception], str, Any]]:
     def changed(**change: Any) -> Any:
         return lambda arrays, call: ({**arrays, **{k: v(arrays) for k, v in change.items()}}, call)
@@ -384,6 +405,7 @@ def bad_calls() -> dict[str, tuple[type[Exception], str, Any]]:
         "wrong embed_dim": (ArgumentError, "query", changed(query=lambda a: a["query"][..., :8])),
         "integer query": (ArgumentTypeError, "query", changed(query=lambda a: a["query"].astype(int))),
         "a list": (ArgumentTypeError, "query", changed(query=lambda a: a["query"].tolist())),
+        "a masked array": (ArgumentTypeError, "query", changed(query=lambda a: np.ma.masked_array(a["query"], False))),
         "another dtype": (ArgumentError, "key", changed(key=lambda a: a["key"].astype("float16"))),
         "key and value lengths differ": (ArgumentError, "value", changed(value=lambda a: a["value"][:-1])),
         "batch mismatch": (
@@ -396,6 +418,8 @@ def bad_calls() -> dict[str, tuple[type[Exception], str, Any]]:
         "mask that broadcasts": (ArgumentError, "attn_mask", called(attn_mask=np.zeros((1, S), bool))),
         "mask of wide integers": (ArgumentError, "attn_mask", called(attn_mask=np.full((L, S), 2))),
         "mask with NaN": (ArgumentError, "attn_mask", called(attn_mask=np.full((L, S), np.nan))),
+        "mask of another kind": (ArgumentTypeError, "attn_mask", called(attn_mask=NoArray())),
+        "mask that is masked": (ArgumentTypeError, "attn_mask", called(attn_mask=np.ma.zeros((L, S)))),
         "mask of strings": (ArgumentTypeError, "attn_mask", called(attn_mask=np.full((L, S), "a"))),
         "need_weights of 1": (ArgumentTypeError, "need_weights", called(need_weights=1)),
         "an unknown mode": (ArgumentError, "mode", called(mode="fast")),

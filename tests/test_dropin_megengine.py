@@ -155,6 +155,24 @@ def test_empty(worker: Worker, sizes: tuple[int, int, int]) -> None:
     check(worker, spec_of("batch first"), inputs, key_padding_mask=np.zeros((n, source), bool))
 
 
+@pytest.mark.parametrize("name", ["batch first", "bias_kv"])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("sizes", [(0, L, S), (N, 0, S)])
+def test_gradients_of_nothing_are_zero(worker: Worker, sizes: tuple[int, int, int], masked: bool, name: str) -> None:
+    n, length, source = sizes
+    spec = spec_of(name, batch_first=True)
+    inputs = [np.ones((n, size, 16), np.float32) for size in (length, source, source)]
+    call = {"key_padding_mask": np.zeros((n, source), bool), "is_causal": True} if masked else {}
+    seeds = [np.ones((n, length, 16), np.float32), np.ones((n, length, source + spec.extra_columns), np.float32)]
+    found = Result.from_tree(ask(worker, "attend", spec, material(spec)[0], inputs, call=call, seeds=seeds))
+    assert found.output.shape == seeds[0].shape
+    assert found.attn_weights is not None
+    assert found.attn_weights.shape == seeds[1].shape
+    assert set(found.grads) == {"query", "key", "value", *spec.parameter_shapes()}
+    assert all(not grad.any() for grad in found.grads.values())
+    check(worker, spec)  # later calls still answer
+
+
 @pytest.mark.parametrize("policy", ["nan", "zero"])
 @pytest.mark.parametrize("name", ["plain", "bias_kv"])
 def test_fully_masked_rows(worker: Worker, name: str, policy: str) -> None:

@@ -533,3 +533,79 @@ def test_gradients_in_any_order_of_shapes(mode: str) -> None:
         for name, grad in zip(("query", "key", "value"), found, strict=True):
             distance = judge(grad.asnumpy(), exact.grads[name], limits[f"grads.{name}"])
             assert distance.ok, f"{name} {(batch, target, source)}: {distance}"
+
+
+@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("sizes", [(0, L, S), (N, 0, S), (0, 0, 0)])
+def test_gradients_of_nothing_are_zero(sizes: tuple[int, int, int], masked: bool, own: bool) -> None:
+    """MindSpore leaves them unwritten: memory that earlier calls used."""
+    n, target, source = sizes
+    spec = spec_of("batch first")
+    layer = mb.build(spec, "mindspore", material(spec)[0], mode="native" if own else "composed")
+    query, key = (tensor(np.ones((n, length, 16), np.float32)) for length in (target, source))
+    masks = {"key_padding_mask": tensor(np.zeros((n, source), bool)), "is_causal": True} if masked else {}
+
+    def loss(query: Any, key: Any) -> Any:
+        output, attention = mb.attend(layer, query, key, key, **masks)
+        return output.sum() + attention.sum()
+
+    used = [tensor(array) for array in material(spec)[1]]
+    for _ in range(3):
+        mb.attend(layer, *used)[0].asnumpy()
+        output, attention = mb.attend(layer, query, key, key, **masks)
+        assert (output.shape, attention.shape) == ((n, target, 16), (n, target, source))
+        gradient = ms.grad(loss, (0, 1), ms.ParameterTuple(layer.trainable_params()))
+        of_inputs, of_parameters = gradient(query, key)
+        assert [grad.shape for grad in of_inputs] == [query.shape, key.shape]
+        assert [float(np.abs(grad.asnumpy()).max()) for grad in of_parameters] == [0.0] * 4
+    with pytest.raises(ArgumentError, match="key_padding_mask"):
+        mb.attend(layer, query, key, key, key_padding_mask=tensor(np.zeros((n + 1, source), bool)))
+
+
+def test_a_hook_may_call_the_layer_again() -> None:
+    layer = MultiheadAttention(8, 2)
+    x, mask = tensor(np.ones((3, 2, 8), np.float32)), tensor(np.zeros((2, 3), np.int64))
+    seen: list[Any] = []
+
+    def again(cell: Any, inputs: Any) -> None:
+        if not seen:
+            seen.append(None)
+            seen.append(layer(x, x, x)[0])
+
+    layer.register_forward_pre_hook(again)
+    layer(x, x, x, key_padding_mask=mask)  # what a compiler's way would refuse
+    assert len(seen) == 2
+    assert "construct" not in vars(layer)
+
+
+def test_batch_first_may_be_set_later() -> None:
+    layer = MultiheadAttention(8, 2)
+    layer.batch_first = True
+    x = tensor(np.random.default_rng(0).standard_normal((2, 5, 8)).astype(np.float32))
+
+    @ms.jit  # type: ignore[untyped-decorator]
+    def compiled(x: Any) -> Any:
+        return layer(x, x, x)
+
+    for one, other in zip(layer(x, x, x), compiled(x), strict=True):
+        assert one.shape == other.shape
+        np.testing.assert_allclose(one.asnumpy(), other.asnumpy(), rtol=1e-5, atol=1e-6)
+
+
+def test_shared_projections_are_refused() -> None:
+    layer = ms.nn.MultiheadAttention(8, 2, kdim=8, vdim=9)
+    layer.q_proj_weight = layer.k_proj_weight
+    with pytest.raises(UnsupportedError, match="shared with"):
+        mb.extract(layer)
+
+
+def test_an_activation_of_its_own_is_refused() -> None:
+    class Squared(ms.nn.ReLU):  # type: ignore[misc, name-defined]
+        def construct(self, x: Any) -> Any:
+            return super().construct(x) ** 2
+
+    layer = ms.nn.TransformerEncoderLayer(8, 2, 16)
+    layer.activation = Squared()
+    with pytest.raises(UnsupportedError, match="activation: given Squared"):
+        mb.extract(layer)

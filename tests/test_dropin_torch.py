@@ -259,6 +259,131 @@ def test_compile_and_export() -> None:
     torch.testing.assert_close(exported.module()(x, x, x, attn_mask=mask)[0], expected)
 
 
+CROSS = {
+    "padding": {"key_padding_mask": torch.arange(6) > torch.tensor([[3], [9]])},
+    "rows": {"attn_mask": torch.ones(5, 6).triu(1).bool()},
+    "a dead row": {"attn_mask": torch.arange(5)[:, None].expand(5, 6) == 2},
+    "both": {
+        "key_padding_mask": torch.arange(6) > torch.tensor([[3], [9]]),
+        "attn_mask": torch.ones(5, 6).tril(-1) > 0,
+    },
+    "float": {"key_padding_mask": torch.linspace(-1, 1, 12).reshape(2, 6)},
+    "byte": {"key_padding_mask": (torch.arange(12) % 3 == 0).byte().reshape(2, 6)},
+    "causal": {"is_causal": True},
+}
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+@pytest.mark.parametrize("name", list(CROSS))
+def test_compiled_cross_attention(name: str, gradients: bool) -> None:
+    """With a backend that looks at what each operation does to memory, as the default one does."""
+    layer = dropin(spec_of("plain", batch_first=True))
+    query, key = torch.randn(2, 5, 16), torch.randn(2, 6, 16)
+    call = {**CROSS[name], "need_weights": False}
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    with torch.set_grad_enabled(gradients):
+        found, expected = (one(query, key, key, **call)[0] for one in (compiled, layer))
+    torch.testing.assert_close(found, expected, equal_nan=True)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("composed", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.float32])
+@pytest.mark.filterwarnings("ignore:.*treespec, LeafSpec:FutureWarning")  # by PyTorch, about itself
+def test_exported_with_an_open_batch(dtype: Any, composed: bool, strict: bool) -> None:
+    spec = mb.MHASpec(8, 2, batch_first=True, residual=composed, add_zero_attn=composed)
+
+    class Model(torch.nn.Module):  # type: ignore[misc,name-defined]
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention = mb.build(spec, "torch", mode="composed").eval()
+
+        def forward(self, x: Any, mask: Any) -> Any:
+            return self.attention(x, x, x, key_padding_mask=mask, need_weights=False)[0]
+
+    model, batch = Model(), torch.export.Dim("batch", min=2, max=64)
+    sizes = {"x": {0: batch}, "mask": {0: batch}}
+    with torch.no_grad():
+        example = (torch.randn(2, 5, 8), torch.zeros(2, 5, dtype=dtype))
+        exported = torch.export.export(model, example, dynamic_shapes=sizes, strict=strict).run_decompositions()
+        other = (torch.randn(3, 5, 8), (torch.arange(15) % 5 == 4).to(dtype).reshape(3, 5))
+        torch.testing.assert_close(exported.module()(*other), model(*other))
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")  # the fast path, in PyTorch's own layer too
+def test_vectorised_over_masks() -> None:
+    layer, x = dropin(spec_of("plain", batch_first=True)), torch.randn(2, 5, 16)
+    masks = torch.arange(5) >= torch.tensor([3, 5, 0])[:, None, None].expand(3, 2, 1)
+    with torch.no_grad():
+        found = torch.func.vmap(lambda mask: layer(x, x, x, key_padding_mask=mask, need_weights=False)[0])(masks)
+        expected = [layer(x, x, x, key_padding_mask=mask, need_weights=False)[0] for mask in masks]
+    torch.testing.assert_close(found, torch.stack(expected), equal_nan=True)
+    assert found[2].isnan().all()
+
+
+def test_integers_need_a_look_at_their_values() -> None:
+    layer, x = dropin(spec_of("plain", batch_first=True)), torch.randn(2, 5, 16)
+
+    def call(mask: Any) -> Any:
+        return layer(x, x, x, key_padding_mask=mask)[0]
+
+    mask = torch.zeros(2, 5, dtype=torch.int64)
+    assert call(mask).isfinite().all()
+    with pytest.raises(UnsupportedError, match="key_padding_mask: given a mask of int64, in a call that is compiled"):
+        torch.func.vmap(call)(mask[None])
+    with pytest.raises(UnsupportedError, match="key_padding_mask"):
+        torch.export.export(layer, (x, x, x), {"key_padding_mask": mask}, strict=False)
+    rows = torch.zeros(1, 5, 5)
+    with pytest.raises(UnsupportedError, match="fully_masked: given 'error'"):
+        torch.func.vmap(lambda mask: mb.attend(layer, x, x, x, attn_mask=mask, fully_masked="error")[0])(rows)
+
+
+def test_inside_an_encoder_layer_it_is_not_gone_round() -> None:
+    """PyTorch's fast path for the whole layer drops is_causal, in evaluation only."""
+    layer = torch.nn.TransformerEncoderLayer(16, 4, 8, batch_first=True, dropout=0.0)
+    layer.self_attn = dropin(spec_of("plain", batch_first=True))
+    x, padding = torch.randn(2, 5, 16), torch.arange(5) >= torch.tensor([[3], [5]])
+    for call in ({"is_causal": True}, {"is_causal": True, "src_key_padding_mask": padding}):
+        trained = layer.train()(x, **call)
+        with torch.no_grad():
+            torch.testing.assert_close(layer.eval()(x, **call), trained)
+            again = copy.deepcopy(layer)(x, **call)
+        torch.testing.assert_close(again, trained)
+    assert not torch.allclose(layer(x, is_causal=True), layer(x))
+
+
+def pruned(layer: Any) -> None:
+    torch.nn.utils.prune.l1_unstructured(layer, "in_proj_weight", 0.3)
+
+
+def normed(layer: Any) -> None:
+    torch.nn.utils.spectral_norm(layer, "in_proj_weight")
+
+
+@pytest.mark.parametrize("change", [pruned, normed])
+def test_weights_that_a_hook_makes_are_refused(change: Any) -> None:
+    """They are of the layer's last call; the drop-in's own call makes them first."""
+    import torch.nn.utils.prune
+    from mhabridge.adapters.torch import MultiheadAttention
+
+    x = torch.randn(3, 2, 16)
+    for layer in (torch.nn.MultiheadAttention(16, 4), MultiheadAttention(16, 4)):
+        change(layer)
+        for use in (lambda: mb.attend(layer, x, x, x), lambda: mb.extract(layer)):  # noqa: B023
+            with pytest.raises(UnsupportedError, match="in_proj_weight: given a tensor that a hook makes"):
+                use()
+        assert layer(x, x, x)[0].isfinite().all()
+
+
+def test_parametrized_weights_are_their_own() -> None:
+    layer, x = torch.nn.MultiheadAttention(16, 4), torch.randn(3, 2, 16)
+    torch.nn.utils.parametrizations.weight_norm(layer, "in_proj_weight")
+    with torch.no_grad():
+        layer.parametrizations.in_proj_weight.original0.mul_(2.0)
+    torch.testing.assert_close(mb.attend(layer, x, x, x)[0], layer(x, x, x)[0])
+
+
 @pytest.mark.parametrize(
     ("change", "error", "words"),
     [

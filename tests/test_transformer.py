@@ -378,6 +378,20 @@ def odd_linear(torch: Any) -> Any:
     return layer
 
 
+def own_activation(torch: Any, kind: str) -> Any:
+    class Odd(getattr(torch.nn, kind)):  # type: ignore[misc]
+        def forward(self, x: Any) -> Any:
+            return super().forward(x) ** 2
+
+    return torch.nn.TransformerEncoderLayer(8, 2, activation=Odd())
+
+
+def patched_activation(torch: Any) -> Any:
+    layer = torch.nn.TransformerEncoderLayer(8, 2, activation=torch.nn.GELU())
+    layer.activation.forward = lambda x: x * torch.sigmoid(1.702 * x)
+    return layer
+
+
 def spoiled(torch: Any, what: str) -> tuple[Any, str]:
     """A model that is no plain transformer, and what the message must name."""
     nn = torch.nn
@@ -387,6 +401,10 @@ def spoiled(torch: Any, what: str) -> tuple[Any, str]:
         return nn.TransformerEncoderLayer(8, 2, activation=nn.functional.silu), "activation: given <function silu"
     if what == "gelu by tanh":
         return nn.TransformerEncoderLayer(8, 2, activation=nn.GELU(approximate="tanh")), "tanh"
+    if what.startswith("a subclass of "):
+        return own_activation(torch, what.split()[-1]), r"activation: given Odd\("
+    if what == "a patched activation":
+        return patched_activation(torch), "activation: given GELU"
     if what == "forward":
         return own_forward(torch), "Odd"
     if what == "own part":
@@ -435,6 +453,7 @@ def spoiled(torch: Any, what: str) -> tuple[Any, str]:
         *("activation", "gelu by tanh", "forward", "one dropout", "one layer", "one attention", "norm"),
         *("norm's bias", "no layers", "decoder inside", "own part", "activation in a linear map", "another dropout"),
         *("patched", "shared layers", "shared matrices"),
+        *("a subclass of ReLU", "a subclass of GELU", "a patched activation"),
     ],
 )
 def test_what_is_no_plain_transformer_is_refused(what: str) -> None:

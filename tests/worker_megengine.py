@@ -150,6 +150,25 @@ def train(framework, payload):
     return [float(run(megengine.tensor(x)).numpy()) for x in payload["batches"]]
 
 
+def train_alone(framework, payload):
+    """The outputs of a drop-in in training by one of MegEngine's own optimisers, before each step."""
+    spec = MHASpec.from_dict(payload["spec"])
+    layer = bridge.build(spec, "megengine", MHAWeights.from_tree(payload["weights"]), mode="composed")
+    manager = GradManager().attach(list(layer.parameters()))
+    optimizer = getattr(megengine.optimizer, payload["optimiser"])(
+        layer.parameters(), lr=payload["rate"], **payload["more"]
+    )
+    x, target = megengine.tensor(payload["x"]), megengine.tensor(payload["target"])
+    outputs = []
+    for _ in range(payload["steps"]):
+        with manager:
+            output, _ = layer(x, x, x)
+            manager.backward(((output - target) ** 2).mean())
+        outputs.append(output.numpy())
+        optimizer.step().clear_grad()
+    return outputs
+
+
 class Model(megengine.module.Module):
     """A linear layer and a drop-in."""
 

@@ -117,7 +117,7 @@ class MegEngineOps(Ops):
         return megengine.functional.matmul(query, key, transpose_b=True)
 
     def softmax(self, scores: Any) -> Any:
-        if int(scores.shape[-1]) == 0:
+        if 0 in self.shape(scores):  # its gradient cannot be taken of nothing
             return scores
         # Its own softmax does not subtract a negative maximum, and is NaN for rows of low scores.
         return megengine.functional.softmax(scores - self.largest(scores), axis=3)

@@ -21,9 +21,9 @@ _while_compiling: Callable[[_Function], _Function] = mindspore.ops.constexpr
 
 
 @_while_compiling
-def compiled_sizes(spec: str, shapes: Any, kinds: Any, flags: Any) -> Any:
+def compiled_sizes(spec: str, batch_first: bool, shapes: Any, kinds: Any, flags: Any) -> Any:
     """N, L, S and whether the call is batched; raises as a call from Python does."""
-    layer = MHASpec.from_json(spec)
+    layer = MHASpec.from_json(spec).replace(batch_first=batch_first)
     for name, flag in zip(("need_weights", "average_attn_weights", "is_causal"), flags):
         check_flag(flag, name)
     for name, kind in zip(("query", "key", "value"), kinds):

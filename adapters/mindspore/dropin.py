@@ -101,13 +101,15 @@ class MultiheadAttention(mindspore.nn.MultiheadAttention):  # type: ignore[misc]
     ) -> tuple[Any, Any]:
         """PyTorch's call; see ``mhabridge.attend`` for what the arguments mean. Compilers do not come here."""
         args = (query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal)
-        if mindspore.get_context("mode") == mindspore.PYNATIVE_MODE:
-            self.__dict__["construct"] = self._answer  # for this call: a compiler shall find the class's own
-        try:
+        if mindspore.get_context("mode") != mindspore.PYNATIVE_MODE or "construct" in self.__dict__:
             answer: tuple[Any, Any] = mindspore.nn.Cell.__call__(self, *args)
             return answer
+        self.__dict__["construct"] = self._answer  # for this call: a compiler shall find the class's own
+        try:
+            answer = mindspore.nn.Cell.__call__(self, *args)
+            return answer
         finally:
-            self.__dict__.pop("construct", None)
+            del self.__dict__["construct"]
 
     def _answer(
         self,
@@ -137,6 +139,7 @@ class MultiheadAttention(mindspore.nn.MultiheadAttention):  # type: ignore[misc]
         """The call as a compiler reads it."""
         batch, target, source, batched = compiled_sizes(
             self._spec,
+            self.batch_first,
             (query.shape, key.shape, value.shape),
             (query.dtype, key.dtype, value.dtype),
             (need_weights, average_attn_weights, is_causal),

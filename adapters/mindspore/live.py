@@ -35,7 +35,6 @@ def attend(
     """
     spec = spec_of(layer)
     sizes = sizes_of(spec, inputs[0], inputs[1], live.check(OPS, spec, inputs, options))
-    empty = 0 in (sizes.batch, sizes.target, sizes.source)
     if sizes.source == 0 and not spec.extra_columns and sizes.batch * sizes.target:
         raise UnsupportedError(
             "key, value",
@@ -44,14 +43,15 @@ def attend(
             advice="A product over none is left unwritten in MindSpore 2.10; the output would be the out bias.",
         )
     masked = key_padding_mask is not None or attn_mask is not None or options.is_causal
-    reason = _why_composed(spec, sizes, options, masked and not empty)
+    reason = _why_composed(spec, sizes, options, masked)
     if reason and options.mode == "native":
         raise UnsupportedError("mode", given="'native'", expected="'auto' or 'composed'", advice=reason)
     if reason:
         notes.append(f"composed: {reason}")
+        if sizes.batch * sizes.target == 0:
+            live.placed(OPS, sizes, key_padding_mask, attn_mask)  # raises for masks of a wrong shape
+            return _nothing(spec, sizes, inputs[0], options)
         return live.attend(OPS, spec, named_tensors(layer), inputs, key_padding_mask, attn_mask, options)
-    if empty:
-        live.placed(OPS, sizes, key_padding_mask, attn_mask)  # raises for masks of a wrong shape
     notes.append("native: mindspore.nn.MultiheadAttention")
     return _attend_native(layer, inputs, options)
 
@@ -91,6 +91,16 @@ def _violations(spec: MHASpec, sizes: masks.Sizes, training: bool) -> list[envel
     )
     call = Call(query, key, value, training=training, grad_output=grad)
     return envelope.violations(FRAMEWORK, version(), spec, call)
+
+
+def _nothing(spec: MHASpec, sizes: masks.Sizes, query: Any, options: Options) -> tuple[Any, Any]:
+    """The answer without a batch or a target row, not computed: gradients of products over nothing are unwritten."""
+    rows = (sizes.target, sizes.source + spec.extra_columns)
+    heads = () if options.average_attn_weights else (sizes.heads,)
+    shape = ((sizes.batch,) if sizes.batched else ()) + heads + rows
+    kind = getattr(mindspore, spec.dtype)
+    output = mindspore.ops.zeros((*query.shape[:-1], spec.out_features), kind)
+    return output, mindspore.ops.zeros(shape, kind) if options.need_weights else None
 
 
 def _attend_native(layer: Any, inputs: tuple[Any, Any, Any], options: Options) -> tuple[Any, Any]:

@@ -8,7 +8,7 @@ import mindspore
 import numpy as np
 
 from mhabridge import dtypes
-from mhabridge.dropin import plain
+from mhabridge.dropin import plain, require_separate
 from mhabridge.errors import WeightsError
 from mhabridge.live import remembered_spec
 from mhabridge.spec import MHASpec
@@ -59,8 +59,10 @@ def weights_of(layer: Any, spec: MHASpec) -> MHAWeights:
     """Its weights, as copies.
 
     Raises:
+        UnsupportedError: two of its parameters are one.
         WeightsError: parameters that such a cell does not have, or of another shape.
     """
+    require_separate(own_parameters(layer))
     named = {name: to_numpy(parameter) for name, parameter in own_parameters(layer).items()}
     return MHAWeights.from_layout("mindspore", named, plain(spec))
 

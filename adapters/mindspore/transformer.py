@@ -167,10 +167,11 @@ def _norm(norm: Any, path: str) -> Norm:
 
 
 def _activation(found: Any) -> str:
-    if found is mindspore.ops.relu or isinstance(found, mindspore.nn.ReLU):
+    if found is mindspore.ops.relu or dropin.is_part(found, "construct", mindspore.nn.ReLU):
         return "relu"
     # nn.GELU approximates by tanh unless told otherwise.
-    if found is mindspore.ops.gelu or (isinstance(found, mindspore.nn.GELU) and found.approximate is False):
+    own = dropin.is_part(found, "construct", mindspore.nn.GELU)
+    if found is mindspore.ops.gelu or (own and found.approximate is False):
         return "gelu"
     return str(found)
 

@@ -59,9 +59,8 @@ class MultiheadAttention(torch.nn.MultiheadAttention):  # type: ignore[misc]
         super().__init__(**native_form(held, FRAMEWORK, version(), turn=True).kwargs)
         self.batch_first = spec.batch_first  # PyTorch 1.8.1 has none; such a layer is composed there
         self.beyond, self.made_of = beyond(spec), spec
-        if self.beyond:
-            # Inside PyTorch's own encoder layer the fast path would go round it, with no residual and its own scale.
-            self.register_forward_pre_hook(_no_fast_path)
+        # Inside PyTorch's own encoder layer the fast path would go round it: not causal, and in evaluation only.
+        self.out_proj.register_forward_pre_hook(_no_fast_path)  # a part that is never called, so this costs nothing
         self.to(dtype=getattr(torch, spec.dtype))
         load(self, weights.to_layout("torch", held, notes=notes))
         on_device(self, device)

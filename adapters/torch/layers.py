@@ -14,7 +14,7 @@ from mhabridge.weights import MHAWeights
 
 from .dropin import MultiheadAttention
 from .native import FRAMEWORK, build_native, version
-from .parameters import owners, spec_of, weights_of
+from .parameters import owners, require_parameters, spec_of, weights_of
 
 
 def is_layer(layer: Any) -> bool:
@@ -35,9 +35,11 @@ def extract(layer: torch.nn.MultiheadAttention) -> tuple[MHASpec, MHAWeights]:
 
 
 def require_plain(layer: Any) -> None:
-    """Raise UnsupportedError for a subclass with a forward of its own."""
+    """Raise UnsupportedError for a subclass with a forward of its own, or weights that are no parameters."""
     dropin.require_plain(layer, "forward", torch.nn.MultiheadAttention, MultiheadAttention)
-    dropin.require_part(layer.out_proj, "out_proj", "forward", torch.nn.Linear)
+    out_proj = vars(layer)["_modules"]["out_proj"]  # as an attribute it takes as long as all the rest
+    dropin.require_part(out_proj, "out_proj", "forward", torch.nn.Linear)
+    require_parameters(layer)
 
 
 def build(

@@ -16,7 +16,8 @@ from mhabridge.spec import MHASpec
 from . import native_masks, nested
 from .native import version
 from .ops import OPS, TorchOps
-from .parameters import compiling, named_tensors, spec_of
+from .parameters import named_tensors, spec_of
+from .tensors import compiling
 
 _VERSION = mapping.version_key(version())
 

@@ -4,7 +4,7 @@ Bool masks go to it as they are where that is right, because its fast path takes
 answer a fully masked row with NaN. Without, ``scaled_dot_product_attention`` makes it the out bias and its gradients
 zero, so the NaN comes from here: inside a float mask where gradients are recorded (then they are NaN where the
 formula's are); else from weights that are asked for all the same where they cost nothing, on the fast path on a CPU,
-which has them anyway; else written into the output. Nothing here waits for the device; and as each operation takes some
+which has them anyway; else put into the output. Nothing here waits for the device; and as each operation takes some
 microseconds, the usual masks, one of two axes, have a way with few of them.
 """
 
@@ -76,7 +76,7 @@ def way(
     hinted = options.is_causal and not given and not silent
     causal = "hinted" if hinted else "mask" if options.is_causal else ""
     axes = 0 if attn_mask is None else attn_mask.dim()
-    by_head = axes == 3 and len(attn_mask) == sizes.batch * sizes.heads
+    by_head = axes == 3 and attn_mask.shape[0] == sizes.batch * sizes.heads
     across = attn_mask is not None or options.is_causal  # one value a target row
     alone = (key_padding_mask is None) == across and axes < 3
     spread = sizes.batched and alone and across != spec.batch_first
@@ -129,7 +129,10 @@ def lower(
 
 
 def with_dead_rows(output: torch.Tensor, asked: dict[str, Any], way: Way, spec: MHASpec, sizes: Sizes) -> torch.Tensor:
-    """The output, in place, with NaN in the rows whose every position is blocked for some head."""
+    """The output with NaN in the rows whose every position is blocked for some head.
+
+    Not in place: compilers cannot write into a view that is turned, nor ``vmap`` one mask of many into one output.
+    """
     blocked = _joined(asked, sizes)
     if way.by_head:
         rows = blocked.amin(-1, keepdim=True)  # a vectorised all
@@ -141,7 +144,7 @@ def with_dead_rows(output: torch.Tensor, asked: dict[str, Any], way: Way, spec: 
         rows = rows if spec.batch_first else rows.transpose(0, 1)
     elif way.spread:
         rows = rows.unsqueeze(1)
-    return output.masked_fill_(rows, _NAN)
+    return output.masked_fill(rows, _NAN)
 
 
 def _added(asked: dict[str, Any], way: Way, spec: MHASpec, sizes: Sizes) -> dict[str, torch.Tensor]:
@@ -196,7 +199,7 @@ def _as_argument(mask: torch.Tensor, sizes: Sizes) -> dict[str, torch.Tensor]:
 
     Before 2.0 that is never the key_padding_mask: 1.8.1 reads the bytes of a float one as if they were bool.
     """
-    if len(mask) == mask.shape[1] == 1:
+    if mask.shape[0] == mask.shape[1] == 1:
         return {"attn_mask": mask[0, 0].expand(sizes.target, -1)}
     if mask.shape[1] == mask.shape[2] == 1 and _VERSION >= (2, 0):
         return {"key_padding_mask": mask[:, 0, 0]}

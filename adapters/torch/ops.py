@@ -10,7 +10,7 @@ import torch
 from mhabridge import dtypes
 from mhabridge.composed import Ops
 
-from .tensors import to_numpy, to_tensor
+from .tensors import compiling, to_numpy, to_tensor
 
 
 class TorchOps(Ops):
@@ -29,6 +29,18 @@ class TorchOps(Ops):
             return any(torch.is_autocast_enabled(kind) for kind in ("cpu", "cuda"))
         except TypeError:  # before 2.4 it takes no argument
             return bool(torch.is_autocast_enabled()) or bool(getattr(torch, "is_autocast_cpu_enabled", bool)())
+
+    def traces(self, x: torch.Tensor) -> bool:
+        if compiling():
+            return True
+        try:
+            x.data_ptr()
+        except RuntimeError:  # inside torch.func.vmap, and what torch.export works on
+            return True
+        return False
+
+    def shape(self, x: torch.Tensor) -> tuple[int, ...]:
+        return tuple(x.shape)  # made integers, sizes that torch.export leaves open would be fixed
 
     def narrow(self, x: torch.Tensor, dtype: str) -> torch.Tensor:
         limit = dtypes.LARGEST[dtype]

@@ -9,13 +9,35 @@ import numpy as np
 import torch
 
 from mhabridge.dropin import plain, require_separate
-from mhabridge.errors import WeightsError
+from mhabridge.errors import UnsupportedError, WeightsError
 from mhabridge.spec import MHASpec
 from mhabridge.weights import MHAWeights
 
-from .tensors import to_numpy, to_tensor
+from .tensors import compiling, to_numpy, to_tensor
 
-compiling = getattr(getattr(torch, "compiler", None), "is_compiling", bool)  # since 2.3
+_OWN = frozenset({"in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight", "in_proj_bias"})
+
+
+def require_parameters(layer: torch.nn.MultiheadAttention) -> None:
+    """Raise for weights that a hook makes before each call of the layer: what is there is from the last one.
+
+    Pruning does that, and PyTorch's older weight and spectral norms. Parametrizations, the newer ones, make them
+    whenever they are asked for.
+
+    Raises:
+        UnsupportedError: naming the weights.
+    """
+    if vars(layer)["_parameters"].keys() >= _OWN:  # all there, and None where the layer has none
+        return
+    made = [name for name in _OWN - vars(layer)["_parameters"].keys() if name in vars(layer)]
+    if made:
+        raise UnsupportedError(
+            ", ".join(sorted(made)),
+            given="a tensor that a hook makes before each call of the layer (pruning, weight norm, spectral norm)",
+            expected="parameters",
+            advice="Make it permanent first (torch.nn.utils.prune.remove, remove_weight_norm, remove_spectral_norm), "
+            "or use torch.nn.utils.parametrizations.",
+        )
 
 
 def spec_of(layer: torch.nn.MultiheadAttention) -> MHASpec:

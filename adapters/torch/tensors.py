@@ -12,6 +12,8 @@ from mhabridge.calls import Call
 from mhabridge.errors import WeightsError
 from mhabridge.spec import MHASpec
 
+compiling = getattr(getattr(torch, "compiler", None), "is_compiling", bool)  # since 2.3
+
 
 def leaf(array: np.ndarray | None, call: Call) -> Any:
     """A tensor that takes part in the call's gradients, if it wants any."""

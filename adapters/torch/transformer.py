@@ -171,10 +171,10 @@ def _norm(norm: Any, path: str) -> Norm:
 
 def _activation(found: Any) -> str:
     functional, modules = torch.nn.functional, torch.nn
-    if found in (functional.relu, torch.relu, relu) or isinstance(found, modules.ReLU):
+    if found in (functional.relu, torch.relu, relu) or dropin.is_part(found, "forward", modules.ReLU):
         return "relu"
     plain = getattr(found, "approximate", "none") == "none"
-    if found in (functional.gelu, gelu) or (isinstance(found, modules.GELU) and plain):
+    if found in (functional.gelu, gelu) or (dropin.is_part(found, "forward", modules.GELU) and plain):
         return "gelu"
     return repr(found)
 

@@ -142,9 +142,9 @@ def prepare(
         WeightsError: the weights do not fit the spec.
     """
     _check_layer(spec, weights)
-    arrays = {"query": query, "key": key, "value": value}
-    for name, array in arrays.items():
-        _check_array(array, name, spec, any_dtype)
+    given = {"query": query, "key": key, "value": value}
+    arrays = {name: _checked_array(array, name, spec, any_dtype) for name, array in given.items()}
+    query, key, value = arrays.values()
     batched = check_shapes(spec, query, key, value)
     flags = {"need_weights": need_weights, "average_attn_weights": average_attn_weights, "training": training}
     for name, flag in flags.items():
@@ -158,7 +158,8 @@ def prepare(
         masks.refuse_fully_masked(dead)
     finite = all(dtypes.all_finite(array) for array in (*arrays.values(), *weights.arrays().values()))
     bare = Prepared(spec, Call(query, key, value), canonical_masks, batched, dead, finite)
-    _check_grads(bare, sizes, need_weights, average_attn_weights, grad_output, grad_attn_weights)
+    grads = {"grad_output": grad_output, "grad_attn_weights": grad_attn_weights}
+    grad_output, grad_attn_weights = _checked_grads(bare, sizes, need_weights, average_attn_weights, grads)
     call = Call(
         query=bare.canonical(query),
         key=bare.canonical(key),
@@ -187,8 +188,9 @@ def _check_layer(spec: Any, weights: Any) -> None:
     weights.check(spec)
 
 
-def _check_array(array: Any, name: str, spec: MHASpec, any_dtype: bool) -> None:
-    if not isinstance(array, np.ndarray):
+def _checked_array(array: Any, name: str, spec: MHASpec, any_dtype: bool) -> np.ndarray:
+    """The array, in this machine's byte order."""
+    if not isinstance(array, np.ndarray) or isinstance(array, np.ma.MaskedArray):
         raise ArgumentTypeError(
             name,
             given=f"{type(array).__module__}.{type(array).__name__}",
@@ -205,30 +207,30 @@ def _check_array(array: Any, name: str, spec: MHASpec, any_dtype: bool) -> None:
             expected=f"{spec.dtype}, the dtype of the spec",
             advice="Convert one of the two on purpose; mhabridge never changes a dtype by itself.",
         )
+    return array if array.dtype.isnative else array.astype(array.dtype.newbyteorder("="))
 
 
-def _check_grads(
-    bare: Prepared, sizes: masks.Sizes, need_weights: bool, average: bool, grad_output: Any, grad_attn_weights: Any
-) -> None:
+def _checked_grads(
+    bare: Prepared, sizes: masks.Sizes, need_weights: bool, average: bool, grads: dict[str, Any]
+) -> tuple[np.ndarray | None, np.ndarray | None]:
     batch = (sizes.batch,) if bare.batched else ()
     heads = () if average else (sizes.heads,)
-    expected: dict[str, tuple[Any, tuple[int, ...]]] = {
-        "grad_output": (grad_output, (*bare.call.query.shape[:-1], bare.spec.out_features)),
-        "grad_attn_weights": (
-            grad_attn_weights,
-            (*batch, *heads, sizes.target, sizes.source + bare.spec.extra_columns),
-        ),
+    shapes: dict[str, tuple[int, ...]] = {
+        "grad_output": (*bare.call.query.shape[:-1], bare.spec.out_features),
+        "grad_attn_weights": (*batch, *heads, sizes.target, sizes.source + bare.spec.extra_columns),
     }
-    for name, (grad, shape) in expected.items():
-        if grad is None:
+    found: dict[str, np.ndarray | None] = dict.fromkeys(shapes)
+    for name, shape in shapes.items():
+        if grads[name] is None:
             continue
-        _check_array(grad, name, bare.spec, True)
+        grad = found[name] = _checked_array(grads[name], name, bare.spec, True)
         if grad.shape != shape:
             raise ArgumentError(name, given=f"shape {grad.shape}", expected=f"{shape}, as what it is the gradient of")
-    if grad_attn_weights is not None and not need_weights:
+    if grads["grad_attn_weights"] is not None and not need_weights:
         raise ArgumentError(
             "grad_attn_weights", given="an array, with need_weights=False", expected="need_weights=True"
         )
+    return found["grad_output"], found["grad_attn_weights"]
 
 
 def _batch(array: Any, batched: bool) -> Any:
