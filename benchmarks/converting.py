@@ -1,6 +1,6 @@
 """What a conversion costs beside ``cp`` of its source, beside ``import numpy``, and beside what others do.
 
-    python benchmarks/converting.py [--gigabytes 1] [--pairs 7] [--most-gigabytes 1] [--folder DIR] [--no-peers]
+    python benchmarks/converting.py [--gigabytes 1] [--pairs 7] [--most-gigabytes 4] [--folder DIR] [--no-peers]
 
 Everything in a row takes turns; given are the median of the paired ratios and the ratio of the shortest times, and a
 limit counts as met when either is below it: on a machine that others use too, each is disturbed in its own way. Each
@@ -31,6 +31,8 @@ WORKER = Path(__file__).with_name("converting_worker.py")
 COMMAND = str(Path(sys.executable).with_name("mhabridge"))
 HEADS = 16
 GIB = 1 << 30
+SIZES = (0.25, 1.0, 4.0)  # GiB
+LINEAR = 1.3  # times the time a GiB takes at the smallest size
 ROOM = 5  # times the checkpoint's size: sources in two formats, a target, a copy, and some for the system
 
 
@@ -61,6 +63,7 @@ CASES = (
     Conversion("e4096.pt", "pkl", "megengine", TURNED, 64),
     Conversion("e4096.pkl", "safetensors", "torch", TURNED, 64),
 )
+INSPECTED = ("pt", "safetensors", "safetensors.index.json", "ckpt", "npz")
 # what others do: the worker's job, its source, what we write instead, and how many times as fast we want to be
 PEERS = (
     ("torch.load + mindspore.save_checkpoint", "torch_to_mindspore", "encoder.pt", ("ckpt", "mindspore"), 8.0),
@@ -105,7 +108,7 @@ class Bench:
         stem, _, ending = name.partition(".")
         layers = {"encoder": 21, "e1024": 64, "e4096": 4}[stem.partition("-")[0]] * self.gigabytes
         if ending != "pt":
-            to = {"safetensors": "torch", "ckpt": "mindspore", "pkl": "megengine", "npz": "torch"}[ending]
+            to = {"safetensors": "torch", "ckpt": "mindspore", "pkl": "megengine"}.get(ending, "torch")
             self.job("convert", str(self.source(f"{stem}.pt")), str(path), to, HEADS, False)
         elif stem.startswith("encoder"):
             self.job("make_encoder", str(path), max(round(layers), 1))
@@ -190,7 +193,7 @@ def inspecting(bench: Bench) -> None:
         f"{'file':<33} {'ms':>6} {'x':>5} {'min':>5} {'limit':>5} {'':7} {'MiB':>5} {'limit':>5}",
     )
     bench.keep_only("encoder", "e1024")
-    for name in ("encoder.pt", "encoder.safetensors", "encoder.ckpt", "e1024.pkl"):
+    for name in (*(f"encoder.{ending}" for ending in INSPECTED), "e1024.pkl"):
         source = str(bench.source(name))
         times = [
             (seconds([COMMAND, "inspect", source]), seconds([sys.executable, "-c", "import numpy"]))
@@ -250,20 +253,22 @@ def at_once_seconds(bench: Bench, files: list[str], to: str, ending: str, count:
 
 def sizes(bench: Bench, most: float) -> None:
     heading(
-        "time and memory by size", f"{'conversion':<33} {'GiB':>5} {'s':>6} {'s a GiB':>8} {'MiB':>5}  (verified: MiB)"
+        f"time a GiB (limit: {LINEAR} times that of the smallest) and memory, verified, by size",
+        f"{'conversion':<33} {'GiB':>5} {'s':>6} {'s a GiB':>8} {'x':>5} {'limit':>5} {'':7} {'MiB':>5} {'limit':>5}",
     )
     for case in (CASES[0], CASES[6]):
-        for gigabytes in [size for size in (0.25, 1.0, 4.0) if size <= most]:
+        room, first = 64 + 2 * case.matrix_mebibytes, 0.0
+        for gigabytes in [size for size in SIZES if size <= most]:
             bench.keep_only()
             one = Bench(bench.folder, gigabytes, 3)
             size = one.source(case.source).stat().st_size / GIB
-            plain = [one.convert(case) for _ in range(one.pairs)]
-            checked = one.convert(case, verify=True)
-            shortest = min(found["seconds"] for found in plain)
-            peak = max(found["mebibytes"] for found in plain)
+            shortest = min(one.convert(case)["seconds"] for _ in range(one.pairs))
+            peak = one.convert(case, verify=True)["mebibytes"]
+            first = first or shortest / size
+            slower = shortest / size / first
             print(
-                f"{case!s:<33} {size:>5.2f} {shortest:>6.2f} {shortest / size:>8.2f} {peak:>5.0f}  "
-                f"({checked['mebibytes']:.0f})",
+                f"{case!s:<33} {size:>5.2f} {shortest:>6.2f} {shortest / size:>8.2f} {slower:>5.2f} {LINEAR:>5} "
+                f"{bench.verdict(slower <= LINEAR):<7} {peak:>5.0f} {room:>5} {bench.verdict(peak <= room)}",
                 flush=True,
             )
     bench.keep_only()
@@ -283,7 +288,7 @@ def peers(bench: Bench) -> None:
             continue
         bench.keep_only(source.partition(".")[0])
         case = Conversion(source, ending, to, 0.0)
-        rows = [peer_row(bench, job, case) for _ in range(min(bench.pairs, 3))]
+        rows = [peer_row(bench, job, case) for _ in range(bench.pairs)]
         theirs, ours, checked = zip(*rows, strict=True)
         faster = max(ratios([one for one, _ in theirs], [one for one, _ in ours]))
         verified = max(ratios([one for one, _ in theirs], [one for one, _ in checked]))
@@ -334,7 +339,7 @@ def main() -> int:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--gigabytes", type=float, default=1.0, help="of the checkpoints (1)")
     options.add_argument("--pairs", type=int, default=7, help="how often everything is measured (7)")
-    options.add_argument("--most-gigabytes", type=float, default=1.0, help="of those for time and memory by size (1)")
+    options.add_argument("--most-gigabytes", type=float, default=4.0, help="of those for time and memory by size (4)")
     options.add_argument("--folder", help="where checkpoints are made; the temporary folder unless given")
     options.add_argument("--no-peers", action="store_true", help="leave out what others do")
     given = options.parse_args()
