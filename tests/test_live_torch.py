@@ -223,3 +223,33 @@ def test_what_is_known_of_a_call_is_kept_once() -> None:
         known = len(live._PLANS)
         mb.attend(layer, x, x, x)
         assert len(live._PLANS) == known
+
+
+@pytest.mark.parametrize("known", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["padding", "rows", "padding and rows", "padding and causal", "one head's row"])
+def test_masks_under_autocast(name: str, dtype: Any, known: bool) -> None:
+    """Also where the call is known from before, when PyTorch took its fast path."""
+    layer, x = torch.nn.MultiheadAttention(E, H, batch_first=True).eval(), torch.randn(N, L, E)
+    call = {**square(CALLS[name]), "need_weights": False}
+    with torch.no_grad():
+        exact, _ = mb.attend(layer, x, x, x, mode="composed", **call)
+        if known:
+            mb.attend(layer, x, x, x, **call)
+        with torch.autocast("cpu", dtype=dtype):
+            for one in (x, x.to(dtype)):
+                output, weights = mb.attend(layer, one, one, one, **call)
+                assert weights is None
+                torch.testing.assert_close(output.float(), exact, rtol=0.05, atol=0.05, equal_nan=True)
+
+
+@pytest.mark.parametrize("need_weights", [False, True])
+@pytest.mark.parametrize("name", list(CALLS))
+def test_in_inference_mode(name: str, need_weights: bool) -> None:
+    layer, x = torch.nn.MultiheadAttention(E, H, batch_first=True).eval(), torch.randn(N, L, E)
+    call = {**square(CALLS[name]), "need_weights": need_weights}
+    with torch.no_grad():
+        expected = mb.attend(layer, x, x, x, **call)
+    with torch.inference_mode():
+        found = mb.attend(layer, x, x, x, **call)
+    torch.testing.assert_close(found, expected, equal_nan=True)
