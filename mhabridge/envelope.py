@@ -74,7 +74,7 @@ FEATURES: dict[str, Callable[[MHASpec, Call], bool]] = {
     "attn_weights_gradient": lambda spec, call: call.grad_attn_weights is not None,
     "mask_gradient": lambda spec, call: call.mask_grad,
     "gradient_of_one_row": lambda spec, call: (
-        call.wants_grads and len(call.query) == 1 and 1 in (call.query.shape[1], call.key.shape[1])
+        call.wants_grads and len(call.query) == 1 and 1 in (*call.query.shape[1:], call.key.shape[1])
     ),
     "empty": lambda spec, call: 0 in (*call.query.shape[:2], call.key.shape[1]),
     "empty_target": lambda spec, call: call.query.shape[1] == 0,

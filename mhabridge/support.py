@@ -102,7 +102,7 @@ EXAMPLES = {
         "gradients beside fully masked rows", call={"key_padding_mask": _DEAD, "grad_output": _GRAD}
     ),
     "gradient_of_one_row": Example(
-        "gradients for one target or source position of one batch element",
+        "gradients for one target position, source position or feature of one batch element",
         call={"grad_output": np.ones((1, 1, 8), "float32")},
         sizes=(1, 1, _S),
     ),

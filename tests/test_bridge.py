@@ -313,6 +313,34 @@ print(report.ok, report.runs[0].reason)
 
 
 @pytest.mark.frameworks
+def test_mindspore_gradients_are_proved_again_after_one_that_failed() -> None:
+    """It makes MindSpore forget the first gradient, so the next one is the first again."""
+    pytest.importorskip("mindspore", reason="MindSpore is not importable here")
+    code = """
+import numpy as np, mindspore as ms, mhabridge as mb
+from mhabridge.adapters.mindspore.gradients import believed
+
+def diff(E, N, L, S, mode="native"):
+    return mb.diff(mb.MHASpec(E, 1), ["mindspore"], grads=True, mode=mode, inputs={
+        name: np.random.default_rng(0).standard_normal((length, N, E)).astype("f4")
+        for name, length in (("query", L), ("key", S), ("value", S))})
+
+print(diff(8, 2, 4, 4).ok)
+layer, x = ms.nn.MultiheadAttention(1, 1), ms.Tensor(np.ones((4, 1, 1), "f4"))
+try:
+    with believed():
+        ms.grad(lambda q: layer(q, x, x)[0].sum())(x).asnumpy()
+except RuntimeError:
+    print("failed")
+print(diff(2, 2, 4, 1).ok, diff(2, 2, 4, 4).ok)
+print(diff(1, 1, 4, 4, "auto").ok)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100)
+    lines = [line for line in done.stdout.splitlines() if "WARNING" not in line]
+    assert lines == ["True", "failed", "True True", "True"], (lines, done.stderr[-2000:])
+
+
+@pytest.mark.frameworks
 def test_ctrl_c_still_interrupts_after_mindspore_ran() -> None:
     pytest.importorskip("mindspore", reason="MindSpore is not importable here")
     code = """

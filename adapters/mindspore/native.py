@@ -15,7 +15,7 @@ from mhabridge.native import NativeForm, flat_mask, full_mask, native_form, para
 from mhabridge.spec import MHASpec
 from mhabridge.weights import MHAWeights
 
-from .gradients import prove_gradients
+from .gradients import believed
 from .parameters import load, own_parameters
 from .tensors import cast, to_numpy, to_tensor
 
@@ -97,14 +97,14 @@ def _grads(layer: Any, inputs: list[Any], form: NativeForm, spec: MHASpec, call:
             total = total + (attention * cast(call.grad_attn_weights, spec)).sum()
         return total
 
-    prove_gradients()
     parameters = own_parameters(layer)
     wanted = mindspore.ParameterTuple(parameters.values())
-    of_inputs, of_parameters = mindspore.grad(loss, tuple(range(len(inputs))), wanted)(*inputs)
-    named = {name: to_numpy(grad) for name, grad in zip(parameters, of_parameters)}
+    with believed():
+        of_inputs, of_parameters = mindspore.grad(loss, tuple(range(len(inputs))), wanted)(*inputs)
+        arrays = [to_numpy(grad) for grad in of_inputs]
+        named = {name: to_numpy(grad) for name, grad in zip(parameters, of_parameters)}
     grads = parameter_grads("mindspore", named, form.spec.replace(dtype=spec.dtype), spec)
-    for name, grad in zip(("query", "key", "value"), of_inputs):
-        grads[name] = swap(to_numpy(grad), form.spec.batch_first)
+    grads.update({name: swap(array, form.spec.batch_first) for name, array in zip(("query", "key", "value"), arrays)})
     if call.mask_grad:
-        grads["mask"] = full_mask(to_numpy(of_inputs[3]), spec, call)
+        grads["mask"] = full_mask(arrays[3], spec, call)
     return grads

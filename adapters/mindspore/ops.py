@@ -11,7 +11,7 @@ from mhabridge import dtypes
 from mhabridge.composed import Ops
 
 from .compiled import blocked, narrow
-from .gradients import prove_gradients
+from .gradients import believed
 from .tensors import dtype_name, to_numpy, to_tensor
 
 # Made once: making one takes as long as using it.
@@ -95,7 +95,6 @@ class MindSporeOps(Ops):
         results = function(*leaves)
         if all(seed is None for seed in seeds):
             return (*results, [])
-        prove_gradients()
         weights = [None if s is None else self.constant(s, dtypes.canonical(r.dtype)) for r, s in zip(results, seeds)]
 
         def loss(*tensors: Any) -> Any:
@@ -104,9 +103,10 @@ class MindSporeOps(Ops):
             ]
             return sum(terms[1:], terms[0])
 
-        found = mindspore.grad(loss, tuple(range(len(leaves))))(*leaves)
-        found = found if isinstance(found, tuple) else (found,)
-        return (*results, [to_numpy(grad) for grad in found])
+        with believed():
+            found = mindspore.grad(loss, tuple(range(len(leaves))))(*leaves)
+            found = found if isinstance(found, tuple) else (found,)
+            return (*results, [to_numpy(grad) for grad in found])
 
 
 OPS = MindSporeOps()
