@@ -208,10 +208,12 @@ def _terms(bench: Bench, state: State, letters: tuple[str, ...], attention: list
     value = bench.computer.heads("v", state)
     extra = int(state.bias_row) + int(state.zero_row)
     terms = []
-    if letters == ("out",):  # columns h of the output projection with the context of head i: found the other way round
+    if letters == ("out",):
+        # Head h's context meets the columns i. What is made here head by head is context i through the columns h, so
+        # the axes are exchanged: left as they are they give the inverse of the order.
         context = np.matmul(attention[0], value)
         each = [np.broadcast_to(context[:, i : i + 1], context.shape) for i in range(state.heads)]
-        return np.stack([_projected(bench, state, part) for part in each], axis=-1)
+        return np.stack([_projected(bench, state, part) for part in each], axis=1)
     for i in range(state.heads):
         part = value
         if "v" in letters:

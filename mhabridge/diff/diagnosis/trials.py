@@ -152,11 +152,11 @@ class Trials:
         """Those that change what is computed (by itself the key's bias does not), the nearest first."""
         clean = self._filter(self.case.state).misfits(self.case.state)
         ranked = []
-        for i, (_, state) in enumerate(self._states()):
+        for i, (each, state) in enumerate(self._states()):
             if self.bench(state.mixes, filtering=True) is None:
                 continue
             misfits = self._filter(state).misfits(state)
-            if any(_differ(misfit, right) for misfit, right in zip(misfits, clean, strict=True)):
+            if each.latent or any(_differ(misfit, right) for misfit, right in zip(misfits, clean, strict=True)):
                 ranked.append((math.prod(misfits), i))
         return [self._states()[i] for _, i in sorted(ranked)]
 
