@@ -12,7 +12,7 @@ import pytest
 import mhabridge as mb
 from mhabridge import dtypes, reference
 from mhabridge.backends.running import prepare, restore
-from mhabridge.diff.diagnosis import precision, trials
+from mhabridge.diff.diagnosis import heads, precision, trials
 from mhabridge.diff.diagnosis.computing import Computer
 from mhabridge.diff.diagnosis.evidence import choose, read
 from mhabridge.diff.diagnosis.findings import Diagnosis
@@ -351,6 +351,26 @@ def test_too_many_pairs_are_cut_short_and_that_is_said(monkeypatch: pytest.Monke
     found = diagnose(spec, weights, inputs, {}, {"output": output}, Accuracy("float32"))
     assert found.tried < 3000
     assert found.words.endswith("what was observed (the search of pairs was cut short).")
+
+
+def test_what_looking_for_orders_of_heads_costs_is_counted_and_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With many heads its least squares cost more than all else: unknowns are the square of the heads."""
+    spec, weights, inputs = _case(embed_dim=64, num_heads=32)
+    output = np.random.default_rng(0).standard_normal((2, 5, 64)).astype("float32")
+    search = Trials(read(spec, weights, inputs, {}, {"output": output}, Accuracy("float32")))
+    bench = search.bench(filtering=True)
+    assert bench is not None
+    before = bench.work
+    list(heads.permutations(bench, search.case.state))
+    each = (bench.work - before) / 8  # sets of projections
+    assert each > 32**6 / 3 / 8
+    states = [state for state in search._states() if not state[0].rare]
+    assert len(states) > 24
+    monkeypatch.setattr(trials, "WORK", 40 * each)
+    before = search._work()
+    list(search._ordered(states))
+    assert search.cut_short
+    assert 16 * each < search._work() - before < 26 * each  # one more of eight after the last look
 
 
 @pytest.mark.parametrize("sizes", [(1, 4000, 2, 1), (6, 300, 32, 8)])
