@@ -7,6 +7,7 @@ read back. Calls go wrong in ``attention``, a small implementation of its own.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -177,8 +178,12 @@ def _lined_up(port: Port, n: int, heads: int, target: int, source: int) -> dict[
         found["attn_mask"] = mask[None, None] if mask.ndim == 2 else mask.reshape(n, heads, target, source)
     if port.masks.get("is_causal") or port.options.get("causal") == "extra":
         i, j = np.arange(target)[:, None], np.arange(source)[None]
-        offset = {"corner": source - target, "strict": -1}.get(port.options.get("causal"), 0)
-        found["is_causal"] = (j > i + offset)[None, None]
+        how = port.options.get("causal")
+        offset = {"corner": source - target, "strict": -1, "past": -1}.get(how, 0)
+        blocked = (
+            j <= i + offset if how in ("inverted", "past") else j > i + offset
+        )  # torch.tril(...) read as "blocked"
+        found["is_causal"] = blocked[None, None]
     return found
 
 
@@ -221,6 +226,10 @@ def _weight_faults(spec: mb.MHASpec, rng: np.random.Generator) -> list[Injected]
     found.append(
         Injected("projections in another order", names, lambda p: _take(p, dict(zip(QKV, order, strict=True))), "order")
     )
+    other = _pick(rng, QKV)  # the flat vector of MegEngine holds the output's blocks too
+    names = ("all weights and biases", "all weights")
+    change = functools.partial(_take, sources={other: "out", "out": other})
+    found.append(Injected("projections in another order", names, change, "order with output"))
     to, source = _pick(rng, [(a, b) for a in QKV for b in QKV if a != b])
     names = (f"{to}_weight", f"{to}_weight, {to}_bias")
     found.append(Injected("wrong slice", names, lambda p: _take(p, {to: source}), "slice"))
@@ -254,6 +263,13 @@ def _head_faults(spec: mb.MHASpec, rng: np.random.Generator) -> list[Injected]:
     if letters in (("q", "k", "v"), ("out",)):
         names = ["q_weight, k_weight, v_weight", "out_weight"]
     found.append(Injected("heads permuted", tuple(names), lambda p: _rows_of(p, letters, rows), "heads permuted"))
+    if heads > 2:
+        turn = int(rng.integers(1, heads))
+        turned_heads = np.roll(np.arange(heads), turn if 2 * turn != heads else 1)  # never its own inverse
+        columns = (turned_heads[:, None] * size + np.arange(size)).ravel()
+        names = ["q_weight, k_weight, v_weight", "out_weight"]
+        change = functools.partial(_rows_of, letters=("out",), rows=columns)
+        found.append(Injected("heads permuted", tuple(names), change, "output columns by head"))
     if size > 1:
         mixed = np.empty(e, int)
         for h in range(heads):
@@ -410,10 +426,9 @@ def _mask_faults(
         found += [Injected(called, (name,), way(name, how), f"mask {how}") for how, called in ways.items()]
     if masks.get("is_causal"):
         found.append(Injected("causal mask missing", ("is_causal",), way("is_causal", "ignored"), "causal missing"))
-        strict = Injected(
-            "causal mask strict", ("is_causal",), lambda p: p.options.update(causal="strict"), "causal strict"
-        )
-        found.append(strict)
+        for how, called in (("strict", "strict"), ("inverted", "inverted"), ("past", "inverted")):
+            names = f"causal mask {called}", ("is_causal",)
+            found.append(Injected(*names, lambda p, how=how: p.options.update(causal=how), f"causal {how}"))
         if lengths[0] != lengths[1]:
             change = {"causal": "corner"}
             found.append(

@@ -162,6 +162,23 @@ def test_heads_need_not_be_known(fault: Callable[[Arrays], None]) -> None:
     assert [one.name for one in diagnosed(first, second, None).faults] == [FAULTS[fault][0]]
 
 
+@pytest.mark.parametrize(("begin", "both"), [(64, False), (64, True), (40, False), (40, True)])
+def test_a_wrong_slice_of_one_packed_tensor_is_said_with_its_rows(begin: int, both: bool) -> None:
+    """In the same words as by a diff of what the layers compute, whether it is another's whole block or not."""
+    first, second = layer(), layer()
+    for kind in ("weight", "bias")[: 1 + both]:
+        rows = np.concatenate([first[f"{part}_{kind}"] for part in "qkv"])
+        second[f"k_{kind}"] = rows[begin : begin + E].copy()
+    names = {name: f"b.in_proj_{name[2:]} ({name})" for name in second}
+    sources = [{name: ArraySource(array) for name, array in side.items()} for side in (first, second)]
+    differing = {name: 0.1 for name in first if not np.array_equal(first[name], second[name])}
+    (fault,) = diagnose_weights("attn", "b", *sources, differing, names, H).faults
+    line = f"rows 32:64 of the packed projection are the key, not {begin}:{begin + E}"
+    there = ["b.in_proj_weight", "b.in_proj_bias"][: 1 + both]
+    assert (fault.name, fault.mend) == ("wrong slice", "; ".join(f"{name}: {line}" for name in there))
+    assert fault.words.endswith(f"rows [{begin}:{begin + E}] of the packed projection instead of [32:64]")
+
+
 PAIRS = [
     (transpose, negate),
     (transpose, swap_query_and_key),

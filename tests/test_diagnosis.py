@@ -12,7 +12,7 @@ import pytest
 import mhabridge as mb
 from mhabridge import dtypes, reference
 from mhabridge.backends.running import prepare, restore
-from mhabridge.diff.diagnosis import precision, trials
+from mhabridge.diff.diagnosis import heads, precision, trials
 from mhabridge.diff.diagnosis.computing import Computer
 from mhabridge.diff.diagnosis.evidence import choose, read
 from mhabridge.diff.diagnosis.findings import Diagnosis
@@ -70,6 +70,26 @@ def test_nothing_is_named_on_clean_ports() -> None:
         assert not found.faults
         assert found.words == "Rounding explains it."
         assert found.explains <= 1.0
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize(
+    "group",
+    [
+        "heads permuted",
+        "output columns by head",
+        "order with output",
+        "causal strict",
+        "causal inverted",
+        "causal past",
+    ],
+)
+def test_each_of_these_is_named_by_itself(group: str) -> None:
+    """One kind that is never named would still fit into what the drawn faults may miss."""
+    drawn = [draw(seed, 1, "float32", SIZES, group) for seed in range(6000, 6060)]
+    trials = tuple(trial for trial in drawn if trial is not None)[:8]
+    assert len(trials) >= 6
+    assert _named(trials) == 1.0
 
 
 # -- what nobody knows -------------------------------------------------------------------------------------------------
@@ -133,6 +153,52 @@ def test_an_inverted_mask_is_named_with_its_mend() -> None:
     observed = _answer(spec, weights, inputs, key_padding_mask=~masks["key_padding_mask"])
     found = diagnose(spec, weights, inputs, masks, observed, Accuracy("float32"))
     assert [fault.mend for fault in found.faults] == ["key_padding_mask: invert"]
+
+
+@pytest.mark.parametrize("order", [[3, 0, 2, 1], [1, 2, 3, 0], [1, 0, 3, 2]])
+@pytest.mark.parametrize("returned", ["output", "heads"])
+def test_the_output_s_columns_are_named_and_in_which_order_they_stand(order: list[int], returned: str) -> None:
+    """From the output alone the rows of q, k and v, the other way round, explain it as well; one matrix is likelier."""
+    spec, weights, inputs = _case()
+    columns = np.arange(32).reshape(4, 8)[order].ravel()
+    wrong = mb.MHAWeights(**{**weights.to_tree(), "out_weight": weights.out_weight[:, columns]})
+    call = {"average_attn_weights": False}
+    observed = _answer(spec, wrong, inputs, **call)
+    observed = observed if returned == "heads" else {"output": observed["output"]}
+    found = diagnose(spec, weights, inputs, call, observed, Accuracy("float32"))
+    shown = ", ".join(map(str, order))
+    assert found.faults[0].mend == f"out_weight: reorder the columns by head; they stand as {shown}"
+    there = ", ".join(str(order.index(head)) for head in range(4))
+    others = [fault.mend for other in found.others for fault in other]
+    both = f"q_weight, k_weight, v_weight: reorder the rows by head; they stand as {there}"
+    assert others == ([both] if returned == "output" else [])
+
+
+@pytest.mark.parametrize("lengths", [(6, 6), (6, 8)])
+@pytest.mark.parametrize("dead", ["nan", "uniform"])
+def test_torch_tril_as_a_mask_that_blocks(lengths: tuple[int, int], dead: str) -> None:
+    """With as many keys as queries its last row is fully masked: NaN, or equal weights where -inf is a large number."""
+    spec, weights, _ = _case()
+    inputs = tuple(random_inputs(spec, 5, target=lengths[0], source=lengths[1]).values())
+    mask = np.tril(np.ones(lengths, bool))
+    given = np.where(mask, -1e30, 0.0).astype("float32") if dead == "uniform" else mask
+    observed = _answer(spec, weights, inputs, attn_mask=given)
+    found = diagnose(spec, weights, inputs, {"is_causal": True}, observed, Accuracy("float32"))
+    expected = {"is_causal: invert"} | ({"fully_masked: nan"} if dead == "uniform" and lengths == (6, 6) else set())
+    assert {fault.mend for fault in found.faults} == expected
+
+
+def test_the_flat_vector_with_value_and_output_exchanged() -> None:
+    spec, weights, inputs = _case()
+    native = weights.to_layout("megengine", spec)
+    flat = native["io_weight_bias"].reshape(-1)
+    size = 32 * 32
+    for step, start in ((size, 0), (32, 4 * size)):
+        value, out = (slice(start + i * step, start + (i + 1) * step) for i in (2, 3))
+        flat[value], flat[out] = flat[out].copy(), flat[value].copy()
+    wrong = mb.MHAWeights.from_layout("megengine", native, spec)
+    found = diagnose(spec, weights, inputs, {}, _answer(spec, wrong, inputs), Accuracy("float32"))
+    assert found.faults[0].mend.endswith("order query, key, value, output, not query, key, output, value")
 
 
 def test_symmetric_faults_are_listed_as_others() -> None:
@@ -285,6 +351,26 @@ def test_too_many_pairs_are_cut_short_and_that_is_said(monkeypatch: pytest.Monke
     found = diagnose(spec, weights, inputs, {}, {"output": output}, Accuracy("float32"))
     assert found.tried < 3000
     assert found.words.endswith("what was observed (the search of pairs was cut short).")
+
+
+def test_what_looking_for_orders_of_heads_costs_is_counted_and_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With many heads its least squares cost more than all else: unknowns are the square of the heads."""
+    spec, weights, inputs = _case(embed_dim=64, num_heads=32)
+    output = np.random.default_rng(0).standard_normal((2, 5, 64)).astype("float32")
+    search = Trials(read(spec, weights, inputs, {}, {"output": output}, Accuracy("float32")))
+    bench = search.bench(filtering=True)
+    assert bench is not None
+    before = bench.work
+    list(heads.permutations(bench, search.case.state))
+    each = (bench.work - before) / 8  # sets of projections
+    assert each > 32**6 / 3 / 8
+    states = [state for state in search._states() if not state[0].rare]
+    assert len(states) > 24
+    monkeypatch.setattr(trials, "WORK", 40 * each)
+    before = search._work()
+    list(search._ordered(states))
+    assert search.cut_short
+    assert 16 * each < search._work() - before < 26 * each  # one more of eight after the last look
 
 
 @pytest.mark.parametrize("sizes", [(1, 4000, 2, 1), (6, 300, 32, 8)])

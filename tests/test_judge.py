@@ -11,7 +11,8 @@ import pytest
 
 from mhabridge import MHASpec, MHAWeights, dtypes, reference
 from mhabridge.backends.running import prepare, restore
-from mhabridge.diff.inputs import random_inputs
+from mhabridge.diff import rounding
+from mhabridge.diff.inputs import random_inputs, random_masks
 from mhabridge.diff.judge import judge
 from mhabridge.diff.rounding import Accuracy, Bound, accuracy, bounds, named, noisy
 from tests.cases import MASKS, SPECS, masks_of, material, reference_answer, spec_of
@@ -220,6 +221,87 @@ def test_an_input_feature_that_is_much_larger_than_the_others_is_no_false_alarm(
     grads["v_weight"][:, 7] *= np.float32(1.01)  # an ordinary column
     wrong = judged(spec, dataclasses.replace(result, grads=grads), weights, arrays, grad_output=grad)
     assert wrong["grads.v_weight"].verdict == "off"
+
+
+def half(array: np.ndarray) -> np.ndarray:
+    return array.astype(np.float16).astype(np.float32)
+
+
+def scaled_early(spec: MHASpec, weights: MHAWeights, x: np.ndarray, y: np.ndarray, grad: np.ndarray) -> Any:
+    """Gradients (of weights) of an honest float16 layer, batch first: each step stored, the scale on the query first.
+
+    The reference scales the gradients of query and key last, so below the smallest normal number other elements are
+    lost than here.
+    """
+    w = {name: array.astype(np.float32) for name, array in weights.arrays().items()}
+    n, heads = len(x), spec.num_heads
+
+    def split(z: np.ndarray, letter: str) -> np.ndarray:
+        z = half(z @ w[f"{letter}_weight"].T + w[f"{letter}_bias"])
+        return z.reshape(n, z.shape[1], heads, -1).transpose(0, 2, 1, 3)
+
+    def flat(z: np.ndarray) -> np.ndarray:
+        return z.transpose(0, 2, 1, 3).reshape(-1, spec.embed_dim)
+
+    x, y, grad = (array.astype(np.float32) for array in (x, y, grad))
+    scale = np.float32(spec.score_scale)
+    q, k, v = half(split(x, "q") * scale), split(y, "k"), split(y, "v")
+    scores = half(q @ k.swapaxes(-1, -2))
+    p = np.exp(scores - scores.max(-1, keepdims=True))
+    p = half(p / p.sum(-1, keepdims=True))
+    back = half(grad @ w["out_weight"]).reshape(n, -1, heads, spec.v_head_dim).transpose(0, 2, 1, 3)
+    dp = half(back @ v.swapaxes(-1, -2))
+    ds = half(p * (dp - (p * dp).sum(-1, keepdims=True)))
+    dq, dk = half(half(ds @ k) * scale), half(ds.swapaxes(-1, -2) @ q)
+    dv = half(p.swapaxes(-1, -2) @ back)
+    pairs = {"q": (dq, x), "k": (dk, y), "v": (dv, y)}
+    return {f"{letter}_weight": half(flat(d).T @ z.reshape(-1, z.shape[-1])) for letter, (d, z) in pairs.items()}
+
+
+@pytest.mark.parametrize(
+    ("heads", "embed", "weight", "scale", "lengths"),
+    [(8, 512, 1e-2, 1.0, (10, 10)), (5, 160, 1e-3, 20.0, (5, 33)), (1, 256, 1e-3, 20.0, (5, 33))],
+)
+def test_gradients_among_the_subnormals_of_float16(
+    heads: int, embed: int, weight: float, scale: float, lengths: tuple[int, int]
+) -> None:
+    """What is lost there depends on where the scale is applied, and large inputs magnify it: no false alarm."""
+    spec = MHASpec(embed, heads, dtype="float16", batch_first=True)
+    for seed in range(2):
+        small = {
+            name: half(array * weight).astype("f2") for name, array in MHAWeights.random(spec, seed).arrays().items()
+        }
+        weights, rng = MHAWeights(**small), np.random.default_rng(seed)
+        x, y = ((rng.standard_normal((2, length, embed)) * scale).astype("f2") for length in lengths)
+        grad = rng.standard_normal(x.shape).astype("f2")
+        prepared, exact = reference_answer(spec, weights, (x, y, y), grad_output=grad)
+        limits = bounds(prepared, weights, named(exact), Accuracy("float16"))
+        for name, found in scaled_early(spec, weights, x, y, grad).items():
+            distance = judge(found.astype("f2"), exact.grads[name], limits[f"grads.{name}"], "float16")
+            assert distance.ok, (seed, name, distance)
+            assert max(distance.times_bound, distance.times_mean_bound) < 0.6
+            wrong = judge(1.1 * exact.grads[name], exact.grads[name], limits[f"grads.{name}"])
+            assert wrong.ok == (name != "v_weight")  # of the others there is nothing left to judge by
+            turned = judge(found.T.astype("f2"), exact.grads[name], limits[f"grads.{name}"], "float16")
+            assert not turned.ok or name != "v_weight"
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
+@pytest.mark.parametrize("masks", ["none", "padding+causal"])
+def test_subnormals_widen_no_bound_of_an_ordinary_layer(
+    monkeypatch: pytest.MonkeyPatch, masks: str, dtype: str
+) -> None:
+    spec = MHASpec(64, 4, dtype=dtype)
+    weights, arrays = MHAWeights.random(spec, 1), tuple(random_inputs(spec, 1).values())
+    grad = dtypes.round_to(np.random.default_rng(0).standard_normal(arrays[0].shape), dtype)
+    call = {**random_masks(masks, spec, 1), "grad_output": grad}
+    prepared, exact = reference_answer(spec, weights, arrays, **call)
+    found = bounds(prepared, weights, named(exact), Accuracy(dtype))
+    monkeypatch.setattr(rounding, "SUBNORMAL_STEP", {})
+    without = bounds(prepared, weights, named(exact), Accuracy(dtype))
+    for name, bound in found.items():
+        assert (bound.each <= (1.03 if dtype == "float16" else 1.0) * without[name].each).all(), name
+        assert bound.mean <= (1.03 if dtype == "float16" else 1.0) * without[name].mean, name
 
 
 def test_a_large_batch_element_excuses_nothing_in_a_small_one() -> None:

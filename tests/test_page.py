@@ -21,8 +21,9 @@ pytest.importorskip("PIL", reason="Pillow is not installed")
 
 from mhabridge.diff import figure, page
 from mhabridge.diff.comparing import Comparison, compare
+from mhabridge.diff.judge import Distance
 from mhabridge.diff.page import colours, rendering
-from mhabridge.diff.page.drawing import drawn, key
+from mhabridge.diff.page.drawing import drawn, key, most_telling
 from mhabridge.diff.page.layers import Group, Leaf, all_leaves, tree_of
 from mhabridge.diff.pictures import picture
 from mhabridge.diff.report import DiffReport, Entry, Layer, Run
@@ -313,6 +314,79 @@ def test_the_figure_has_the_heads_that_differ_and_the_verdict(tmp_path: Path) ->
     clean = pixels(reports.of_backends(1, faulty=False), tmp_path)
     assert not has(clean, (0xA1, 0x4A, 0x00))
     assert has(clean[:200], (0x33, 0x65, 0x8A))
+
+
+def of_two_tensors(output: float, weights: float, verdicts: tuple[str, str] = ("off", "equal")) -> DiffReport:
+    """An output and four heads that differ by so much, of a layer with a long path."""
+    names = ("encoder.layers.11.attention.self.<b>multi</b>", "first", "second")
+    entries, pictures = [], []
+    for tensor, shape, apart, verdict in zip(
+        ("output", "attn_weights"), ((2, 9, 32), (2, 4, 9, 9)), (output, weights), verdicts, strict=True
+    ):
+        exact = np.random.default_rng(0).random(shape)
+        found = exact.copy()
+        found[1, ..., 3, 5] += apart
+        sides = tuple(Distance("rounding", bound=bound) for bound in (2.9e-7, 3.1e-7))
+        found_entry = compare(exact, found, distances=sides)
+        entries.append(
+            Entry(names[0], tensor, *names[1:], dataclasses.replace(found_entry, verdict=verdict, distances=sides))
+        )
+        pictures.append(picture(names[0], tensor, *names[1:], exact, found))
+    return DiffReport((), tuple(entries), pictures=tuple(pictures))
+
+
+@pytest.mark.parametrize(
+    ("output", "weights", "verdicts", "telling"),
+    [
+        (0.5, 0.0, ("off", "equal"), "output"),
+        (0.5, 1e-8, ("off", "rounding"), "output"),
+        (0.5, 0.0, ("rounding", "equal"), "output"),  # two recordings with other weights: each right by its own
+        (0.5, 1e-8, ("rounding", "rounding"), "output"),
+        (0.5, 0.1, ("off", "off"), "attn_weights"),
+        (0.5, 0.1, ("rounding", "rounding"), "attn_weights"),
+        (1e-8, 1e-8, ("rounding", "rounding"), "attn_weights"),
+        (1e-8, 0.0, ("rounding", "equal"), "output"),
+    ],
+)
+def test_heads_that_are_equal_tell_nothing(
+    output: float, weights: float, verdicts: tuple[str, str], telling: str, tmp_path: Path
+) -> None:
+    report = of_two_tensors(output, weights, verdicts)
+    found = most_telling(report)
+    assert found is not None
+    assert (found[0].tensor, found[1].tensor) == (telling, telling)
+    apart = pixels(report, tmp_path)[250:, 660:980]  # the matrices of the difference
+    assert has(apart, colours.DIVERGING[0]) or has(apart, colours.DIVERGING[-1])
+
+
+def test_nothing_in_the_figure_runs_out_of_it_or_into_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = []
+    figures = pytest.importorskip("matplotlib.figure")
+    plain = figures.Figure.savefig
+    monkeypatch.setattr(figures.Figure, "savefig", lambda self, *a, **k: (kept.append(self), plain(self, *a, **k))[1])
+    for verdicts in (("off", "equal"), ("off", "off")):
+        figure.write(of_two_tensors(0.5, 0.1, verdicts), tmp_path / "figure.png")
+    texts = []
+    for one in kept:
+        drawn_texts = [each for each in one.findobj(figures.mpl.text.Text) if each.get_text()]
+        drawn_texts = [each for each in drawn_texts if "mathdefault" not in each.get_text()]  # ticks beyond the axis
+        boxes = [each.get_window_extent() for each in drawn_texts]
+        for box in boxes:
+            assert box.x0 >= 0
+            assert box.x1 <= one.bbox.width
+        titles = [box for each, box in zip(drawn_texts, boxes, strict=True) if "b" in each.get_text()]
+        assert not any(a.overlaps(b) for i, a in enumerate(titles) for b in titles[:i])
+        texts += [each.get_text() for each in drawn_texts]
+    assert "bound of first: 2.90e-07\nbound of second: 3.10e-07" in texts
+    assert any("3 of 4 heads, those that differ most" in each for each in texts)
+    assert sum(each.endswith("output\nelements by difference") for each in texts) == 1
+
+
+def test_a_bound_below_the_smallest_difference_lies_between_that_and_what_is_equal() -> None:
+    edges = (0.0, 1e-4, 1e-3, 1e-2)
+    assert [figure._between(bound, edges) for bound in (3e-7, 1e-4, 1.0)] == [0.5, 0.5, 2.5]
+    apart = figure._lines([(2e-4, "a"), (9e-3, "b")], edges)
+    assert [words for _, words in apart] == ["bound of a: 2.00e-04", "bound of b: 0.009"]
 
 
 @pytest.mark.parametrize("kind", ["hostile", "nan", "masked", "average", "dots", "formula", "empty", "infinite"])

@@ -183,6 +183,15 @@ def test_every_report_opens_without_a_complaint_and_fits(kind: str, width: int, 
     assert len(set(names)) == len(names)
 
 
+def test_at_the_width_of_a_laptop_no_column_of_numbers_is_cut_off(show: Open) -> None:
+    """Numbers as long as they get, with a sign, in float32; the last column says shape and dtype."""
+    tab = show("600", 1200)
+    tab.evaluate("document.querySelectorAll('details').forEach((each, i) => { if (i < 40) each.open = true })")
+    cut = "all => all.map(e => e.closest('.scroll')).filter(e => e.clientWidth && e.scrollWidth > e.clientWidth).length"
+    assert tab.locator("table.numbers").evaluate_all("all => all.filter(e => e.clientWidth).length")
+    assert tab.locator("table.numbers").evaluate_all(cut) == 0
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_words_can_be_read_on_their_ground(scheme: str, show: Open) -> None:
     """Contrast of at least 4.5 (WCAG 2.2, 1.4.3) for every text that is seen, as the browser computes its colours."""

@@ -95,6 +95,19 @@ def test_only_attention_weights_have_maps(name: str) -> None:
     assert drawn(first, first, "outputs.attn_weights").maps
 
 
+def test_other_tensors_have_an_overview_of_their_last_two_axes() -> None:
+    first = random((3, 100, 130))
+    second = first.copy()
+    second[2, 57, 99] += 1
+    found = drawn(first, second, "output").overview
+    assert found is not None
+    assert np.argwhere(found.first != found.second).tolist() == [[57 // 2, 99 // 3]]
+    assert found.first[0, 0] in first[2, :2, :3]
+    assert drawn(first[0], second[0], "output").overview is not None
+    assert drawn(first[0, 0], second[0, 0], "output").overview is None
+    assert drawn(first, second).overview is None
+
+
 def test_of_many_heads_those_that_differ_most_are_drawn_in_their_order() -> None:
     first = random((1, HEADS + 8, 4, 4))
     second = first.copy()

@@ -1,4 +1,4 @@
-"""One figure of a report, for a slide or an issue: the verdict in words, the most telling heads, the histogram.
+"""One figure of a report, for a slide or an issue: the verdict in words, the most telling tensor, the histogram.
 
 Drawn with matplotlib's objects alone: no window, no global state. Names are shown as they are, never as formulas.
 """
@@ -75,12 +75,12 @@ def _words(head: SubFigure, report: DiffReport) -> None:
     tone = _TONES[report.verdict]
     lines = [*sentences(report), f"Cause: {cause(report)}" if report.diagnoses else ""]
     head.text(0.02, 0.95, report.verdict.capitalize(), size=26, weight="bold", color=tone, va="top", parse_math=False)
-    shown = "\n".join(_short(line, 130) for line in lines if line)
+    shown = "\n".join(_short(line, 115) for line in lines if line)
     head.text(0.02, 0.52, shown, size=11, va="top", linespacing=1.4, parse_math=False)
 
 
 def _draw(body: SubFigure | Figure, picture: Picture, entry: Entry) -> None:
-    if not picture.maps:
+    if not picture.maps and picture.overview is None:
         _histogram(body.subplots(), picture, entry)
         return
     left, right = body.subfigures(1, 2, squeeze=False, width_ratios=(1.5, 1)).ravel()
@@ -89,20 +89,33 @@ def _draw(body: SubFigure | Figure, picture: Picture, entry: Entry) -> None:
 
 
 def _maps(body: SubFigure, picture: Picture) -> None:
-    """The heads that differ most, each on both sides and as a difference, on common scales."""
-    heads = sorted(picture.maps, key=lambda each: -float(how_far(each.first, each.second).max(initial=0.0)))[:HEADS]
-    attention = colours.attention_scale([side for each in picture.maps for side in (each.first, each.second)])
-    apart = colours.difference_scale([difference(each) for each in picture.maps])
-    rows = body.subplots(len(heads), 3, squeeze=False)
-    for axes, each in zip(rows, heads, strict=True):
-        for column, (values, scale) in enumerate(
-            ((each.first, attention), (each.second, attention), (difference(each), apart))
+    """The heads that differ most, or the whole tensor, on both sides and as a difference, on common scales."""
+    all_maps = picture.maps or tuple(filter(None, [picture.overview]))
+    maps = sorted(all_maps, key=lambda each: -float(how_far(each.first, each.second).max(initial=0.0)))[:HEADS]
+    values = colours.attention_scale([side for each in all_maps for side in (each.first, each.second)])
+    apart = colours.difference_scale([difference(each) for each in all_maps])
+    rows = body.subplots(len(maps), 3, squeeze=False)
+    for axes, each in zip(rows, maps, strict=True):
+        for axis, matrix, scale in (
+            (axes[0], each.first, values),
+            (axes[1], each.second, values),
+            (axes[2], difference(each), apart),
         ):
-            _matrix(axes[column], values, scale)
-        axes[0].set_ylabel(text.visible(each.title), parse_math=False)
+            _matrix(axis, matrix, scale)
+        axes[0].set_ylabel(text.visible(each.title) or "rows", parse_math=False)
     titles = (picture.first, picture.second, f"difference (to ±{text.number(apart.high)})")
     for axis, title in zip(rows[0], titles, strict=True):
-        axis.set_title(_short(text.visible(title), 30), size=10, parse_math=False)
+        axis.set_title(_ending(text.visible(title), 26), size=9, parse_math=False)
+    body.suptitle(_told(picture, len(maps)), size=10, parse_math=False)
+
+
+def _told(picture: Picture, shown: int) -> str:
+    """What the matrices are; of more heads than are drawn, how many are left out."""
+    if not picture.maps:
+        return f"{_name(picture)}: the last two axes, where the sides differ most"
+    known = len(picture.maps)
+    which = f"{shown} of {known} heads, those that differ most" if shown < known else f"{text.counted(known, 'head')}"
+    return f"{_name(picture)}: {which}"
 
 
 def _matrix(axis: Axes, values: np.ndarray, scale: colours.Scale) -> None:
@@ -127,21 +140,38 @@ def _histogram(axis: Axes, picture: Picture, entry: Entry) -> None:
     axis.invert_yaxis()
     axis.set_xlabel("elements")
     axis.spines[["top", "right"]].set_visible(False)
-    name = " ".join(filter(None, (text.visible(picture.layer), text.visible(picture.tensor))))
-    axis.set_title(f"{_short(name, 40)}: elements by difference", size=10, parse_math=False)
+    axis.set_title(f"{_name(picture)}\nelements by difference", size=10, parse_math=False)
     axis.set_xlim(left=0.5)
-    for bound, side in bounds:
-        at = _between(bound, picture.edges)
+    for at, words in _lines(bounds, picture.edges):
         axis.axhline(at, color="#16191f", linestyle="--", linewidth=1)
-        axis.text(1, at, f"bound of {side}: {text.number(bound)}", size=8, va="bottom", ha="right",
+        axis.text(1, at, words, size=8, va="bottom", ha="right", linespacing=1.3,
                   transform=axis.get_yaxis_transform(), parse_math=False)  # fmt: skip
+
+
+def _name(picture: Picture) -> str:
+    """Of a tensor; of a long path the end tells most."""
+    layer, tensor = _ending(text.visible(picture.layer), 24), _short(text.visible(picture.tensor), 18)
+    return " ".join(filter(None, (layer, tensor)))
+
+
+def _lines(bounds: list[tuple[float, str]], edges: tuple[float, ...]) -> list[tuple[float, str]]:
+    """Where lines are drawn and what is written on each; bounds too near to each other for two texts share one."""
+    found: list[tuple[float, str]] = []
+    apart = 0.1 * max(1, len(edges) - 1)  # in bars: two lines of text among so many
+    for bound, side in bounds:
+        at, words = _between(bound, edges), f"bound of {_ending(side, 20)}: {text.number(bound)}"
+        if found and at - found[-1][0] < apart:
+            at, words = found[-1][0], f"{found[-1][1]}\n{words}"
+            found.pop()
+        found.append((at, words))
+    return found
 
 
 def _between(bound: float, edges: tuple[float, ...]) -> float:
     """Where a bound lies among bars that are one unit wide each."""
     place = int(np.searchsorted(edges, bound, side="right")) - 1
-    if not 0 < place < len(edges) - 1:
-        return min(max(place, 0), len(edges) - 1) - 0.5
+    if not 0 < place < len(edges) - 1:  # what is equal is inside every bound
+        return min(max(place, 1), len(edges) - 1) - 0.5
     low, high = (math.log10(edges[place + i]) if edges[place + i] < math.inf else 309.0 for i in (0, 1))
     return place - 0.5 + (math.log10(bound) - low) / (high - low)
 
@@ -166,3 +196,7 @@ def _dots(axis: Axes, entries: tuple[Entry, ...]) -> None:
 
 def _short(line: str, longest: int) -> str:
     return line if len(line) <= longest else f"{line[: longest - 3]}..."
+
+
+def _ending(line: str, longest: int) -> str:
+    return line if len(line) <= longest else f"...{line[3 - longest :]}"

@@ -5,6 +5,7 @@ Everything here is small, whatever the size of the tensors, and is made in piece
 - A *map* of a head has at most 64 x 64 cells. A larger matrix is drawn in blocks, and a block shows the one element in
   which the two sides differ most (where they do not differ, the largest one), on both sides the same element: an
   average would hide a single wrong element, and the maximum of each side would show a difference that is none.
+- Of other tensors the last two axes are drawn in the same way, where the worst element lies, for the figure.
 - At most 32 heads are drawn, those that differ most, in their order.
 - Differences are counted in decades. The first bin holds what is equal, and what is 30 decades below the largest
   difference; elements that are NaN or infinite on a side are in none.
@@ -77,7 +78,8 @@ def picture(
     origin, window = _window(at, first.shape)
     heads, batch = _heads(tensor, first, second, at, unbatched)
     near = [_float64(np.atleast_2d(array[window])) for array in (first, second)]
-    return Picture(*names, heads, batch, counts, edges, origin, near[0], near[1])
+    overview = _map("", first[at[:-2]], second[at[:-2]]) if not heads and first.ndim > 1 else None
+    return Picture(*names, heads, batch, counts, edges, origin, near[0], near[1], overview)
 
 
 def _float64(array: np.ndarray) -> np.ndarray:

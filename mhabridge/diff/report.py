@@ -144,6 +144,7 @@ class Picture:
         origin: the index of the neighbourhood's first element.
         near_first: the worst element and its neighbours on the first side: (rows, columns), or (1, columns).
         near_second: the same of the second.
+        overview: the last two axes as one matrix, for other tensors than attention weights; of that batch element.
     """
 
     layer: str
@@ -157,6 +158,7 @@ class Picture:
     origin: tuple[int, ...] = ()
     near_first: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros((0, 0), np.float32))
     near_second: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros((0, 0), np.float32))
+    overview: Map | None = None
 
 
 @dataclasses.dataclass(frozen=True)

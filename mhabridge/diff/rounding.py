@@ -4,8 +4,11 @@ There is no magic tolerance. The reference's own formulas are computed again in 
 times, each with other rounding errors (Monte Carlo arithmetic, Parker 1997): every matrix product gets a random error
 of the size that adding up its terms one after another and storing the result in that dtype would give, every
 exponential one of the size that the framework's exp has, the softmax that of storing it; all else is rounded as NumPy
-does. How these samples scatter around float64 is what the dtype and this computation justify. It bounds an answer in
-two ways:
+does. What a product reads from below the smallest normal number has lost up to half of the fixed step between numbers
+there when it was stored, whatever stored it, so in float16, whose step of 2**-24 gradients do reach, it gets a random
+error of that size first: such errors do not shrink with the values, and whatever large they meet next magnifies them.
+How these samples scatter around float64 is what the dtype and this computation justify. It bounds an answer in two
+ways:
 
 - each element: BIAS * |mean of the samples - exact| + SPREAD * (standard deviation of the samples in its row; for the
   gradient of a weight in its row or its column, whichever is larger: an input feature that is much larger than the
@@ -51,6 +54,8 @@ MEAN = 1.5
 MEAN_SPREAD = 5.0
 FLOOR = 4.0
 SMALLEST_NORMAL = {"float16": 2.0**-14, "bfloat16": 2.0**-126, "float32": 2.0**-126, "float64": 2.0**-1022}
+# How far apart the numbers below that lie, where gradients get there: the other dtypes' begin at 1e-38 and less.
+SUBNORMAL_STEP = {"float16": 2.0**-24}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,6 +190,18 @@ def noisy(expected: Accuracy, rng: np.random.Generator) -> Arithmetic:
         True
     """
     unit, sums = dtypes.UNIT_ROUNDOFF[expected.dtype], dtypes.UNIT_ROUNDOFF[expected.sums]
+    step, smallest = SUBNORMAL_STEP.get(expected.dtype, 0.0), SMALLEST_NORMAL[expected.dtype]
+    beside = np.random.default_rng(1)  # of its own: where nothing is subnormal the other errors stay the same
+
+    def read(array: np.ndarray) -> np.ndarray:
+        values = dtypes.to_float64(array)
+        subnormal = np.abs(values) < (smallest if step else 0.0)
+        count = int(subnormal.sum())
+        if count:
+            values = np.array(values)
+            # Also zeros, which may be what is left of something smaller; two units, as in ``store``.
+            values[subnormal] += step * beside.uniform(-1.0, 1.0, count)
+        return values
 
     def store(values: np.ndarray) -> np.ndarray:
         # Two units: with one, a softmax of exactly 1 would keep its value in most samples, and hide how its rounding
@@ -193,7 +210,7 @@ def noisy(expected: Accuracy, rng: np.random.Generator) -> Arithmetic:
         return dtypes.round_to(dtypes.to_float64(values) * (1.0 + error), expected.dtype)
 
     def matmul(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-        x, y = dtypes.to_float64(a), dtypes.to_float64(b)
+        x, y = read(a), read(b)
         product = x @ y
         variance = np.square(x) @ np.square(y) + np.square(product)
         adding = 0.5 * sums * math.sqrt(a.shape[-1]) * np.sqrt(variance) * rng.standard_normal(product.shape)

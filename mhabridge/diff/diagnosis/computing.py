@@ -79,7 +79,7 @@ class Computer:
 
     def output(self, state: State) -> np.ndarray:
         """(N, L, out_features)."""
-        key = ("context", self._attention_key(state), self.heads_key("v", state), state.merge)
+        key = ("context", *self._dropped(state), state.projected["v"], state.merge)
         context = self._passing.array(key, lambda: self._context(state))
         output = self.project(context, state)
         if state.residual:
@@ -130,7 +130,7 @@ class Computer:
 
     def probabilities(self, state: State) -> np.ndarray:
         """(N, H, L, S'): the softmax of the scores."""
-        return self._passing.array(self._attention_key(state, False), lambda: self.softmax(self.scores(state), state))
+        return self._passing.array(("softmax", state.attended), lambda: self.softmax(self.scores(state), state))
 
     def scores(self, state: State) -> np.ndarray:
         """(N, H, L, S'): scaled and masked."""
@@ -189,7 +189,9 @@ class Computer:
 
     def heads(self, letter: str, state: State) -> np.ndarray:
         """The projected query, key or value, (N, H, T, d), with the appended positions."""
-        return self._passing.array(self.heads_key(letter, state), lambda: self._heads(letter, state))
+        return self._passing.array(
+            ("heads", letter == "q", state.projected[letter]), lambda: self._heads(letter, state)
+        )
 
     def _heads(self, letter: str, state: State) -> np.ndarray:
         cut = self.cut if letter == "q" else self._outside
@@ -242,25 +244,12 @@ class Computer:
     # -- keys ------------------------------------------------------------------------------------------------------
 
     @staticmethod
-    def heads_key(letter: str, state: State) -> tuple[Hashable, ...]:
-        """Of a projected input."""
-        get = state.parameters.get
-        tensors = [_input(letter, state), get(f"{letter}_weight"), get(f"{letter}_bias")]
-        if letter != "q":
-            tensors.append(get(f"bias_{letter}") if state.bias_row else None)
-        keys = tuple(None if each is None else each.key for each in tensors)
-        rows = () if letter == "q" else (state.bias_row, state.zero_row, state.rows_swapped)
-        return ("heads", letter == "q", keys, state.heads, state.split, rows)
-
-    def _attention_key(self, state: State, dropped: bool = True) -> tuple[Hashable, ...]:
-        masks = tuple(mask.key for mask in state.masks)
-        keep = state.keep.key if dropped and state.keep is not None else None
-        how = (state.scale, masks, state.axis, state.fully_masked, keep)
-        return ("attention", self.heads_key("q", state), self.heads_key("k", state), how)
+    def _dropped(state: State) -> tuple[Hashable, ...]:
+        return ("attention", state.attended, None if state.keep is None else state.keep.key)
 
     def weights_key(self, state: State) -> tuple[Hashable, ...]:
         """Of the returned weights."""
-        return (self._attention_key(state), state.returned, state.keep_returned)
+        return (*self._dropped(state), state.returned, state.keep_returned)
 
 
 def _input(letter: str, state: State) -> Tensor:

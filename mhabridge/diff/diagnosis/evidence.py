@@ -299,10 +299,10 @@ class Bench:
             exact: its float64 results by name.
             expected: what it is computed in.
         """
-        rng = np.random.default_rng(0)
+        arithmetic = noisy(expected, np.random.default_rng(0))
         samples = []
         for _ in range(self._samples):
-            computer = Computer(noisy(expected, rng), self.cut)
+            computer = Computer(arithmetic, self.cut)
             samples.append(computer.run(state, "attn_weights" in exact))
             self._drawn += computer.work
         return bounds_of(exact, samples, expected.dtype)

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from mhabridge.diff.diagnosis.computing import LARGE
 from mhabridge.diff.diagnosis.evidence import Bench, Case
 from mhabridge.diff.diagnosis.findings import Fault
 from mhabridge.diff.diagnosis.hypotheses import Hypothesis
@@ -208,12 +209,15 @@ def _terms(bench: Bench, state: State, letters: tuple[str, ...], attention: list
     value = bench.computer.heads("v", state)
     extra = int(state.bias_row) + int(state.zero_row)
     terms = []
-    if letters == ("out",):  # columns h of the output projection with the context of head i: found the other way round
+    if letters == ("out",):
+        # Head h's context meets the columns i. What is made here head by head is context i through the columns h, so
+        # the axes are exchanged: left as they are they give the inverse of the order.
         context = np.matmul(attention[0], value)
         each = [np.broadcast_to(context[:, i : i + 1], context.shape) for i in range(state.heads)]
-        return np.stack([_projected(bench, state, part) for part in each], axis=-1)
+        return np.stack([_projected(bench, state, part) for part in each], axis=1)
     for i in range(state.heads):
         part = value
+        bench.computer.work += attention[i].size * value.shape[-1]
         if "v" in letters:
             part = np.broadcast_to(value[:, i : i + 1], value.shape)
             if extra:
@@ -230,6 +234,7 @@ def _projected(bench: Bench, state: State, context: np.ndarray) -> np.ndarray:
     matrix = np.eye(heads * size) if weight is None else weight.array
     matrix = matrix if features is None else matrix[features]
     columns = matrix.reshape(len(matrix), heads, size).transpose(1, 2, 0)
+    bench.computer.work += context.size * len(matrix)
     return np.asarray(np.matmul(context, columns[None]).transpose(0, 2, 3, 1).reshape(-1, heads))
 
 
@@ -245,6 +250,8 @@ def _by_least_squares(bench: Bench, state: State, terms: np.ndarray) -> np.ndarr
     if len(good) < heads:
         return None
     matrix, wanted = matrix[good], wanted[good]
+    unknowns = heads * heads
+    bench.computer.work += (matrix.shape[0] + unknowns / 3.0) * unknowns**2 / LARGE
     normal = matrix.T @ matrix
     ridge = 1e-9 * max(float(np.trace(normal)) / len(normal), 1e-300)
     try:

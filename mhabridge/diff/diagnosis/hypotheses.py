@@ -25,12 +25,15 @@ class Hypothesis:
         change: makes of a computation the one that went wrong in this way; None where that cannot be.
         rare: tried in pairs only after all others.
         alone: not tried in pairs.
+        latent: tried in pairs even where it changes nothing by itself, since what it is about (fully masked rows) may
+            come from another fault.
     """
 
     fault: Fault
     change: Change
     rare: bool = False
     alone: bool = False
+    latent: bool = False
 
 
 def hypotheses(case: Case) -> list[Hypothesis]:
@@ -40,6 +43,7 @@ def hypotheses(case: Case) -> list[Hypothesis]:
     kinds: tuple[Kind, ...] = (
         projections.transposed,
         packed.reordered,
+        packed.flat_blocks,
         packed.wrong_slice,
         packed.repacked,
         packed.flat_by_turns,

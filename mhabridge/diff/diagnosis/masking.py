@@ -30,11 +30,11 @@ def _given(case: Case) -> list[Mask]:
 
 
 def inverted(case: Case) -> Iterator[Hypothesis]:
-    """True was read as "may attend"; a float mask was subtracted."""
-    for mask in _given(case):
+    """True was read as "may attend", or given as that; is_causal too, with torch.tril(...) where True blocks."""
+    for mask in case.state.masks:
         if mask.blocked is not None:
             fault = Fault(
-                "mask inverted",
+                "causal mask inverted" if mask.name == _CAUSAL else "mask inverted",
                 mask.name,
                 f"{mask.name} was read the other way round: what it blocks was open, and only that",
                 f"{mask.name}: invert",
@@ -248,4 +248,4 @@ def fully_masked(case: Case) -> Iterator[Hypothesis]:
                 f'a row with every position blocked {words}; the policy is "{right}"',
                 f"fully_masked: {right}",
             )
-            yield Hypothesis(fault, functools.partial(State.but, fully_masked=policy))
+            yield Hypothesis(fault, functools.partial(State.but, fully_masked=policy), latent=True)

@@ -89,6 +89,33 @@ def reordered(case: Case) -> Iterator[Hypothesis]:
             yield Hypothesis(fault, functools.partial(taken, moves=moves))
 
 
+def flat_blocks(case: Case) -> Iterator[Hypothesis]:
+    """A flat vector (MegEngine's io_weight_bias) whose blocks go in another order, the output's among them.
+
+    Without the output's it is ``reordered``; biases alone: see ``biases``.
+    """
+    four = (*LETTERS, "out")
+    for order in list(itertools.permutations(four))[1:]:
+        letters = {to: source for to, source in zip(four, order, strict=True) if to != source}
+        if "out" not in letters:
+            continue
+        for what in (BOTH, ("weight",)):
+            moves = _moves(case, letters, what)
+            if len(moves) < len(letters) * len(what) or taken(case.state, moves) is None:
+                continue
+            found = ", ".join(WORDS[each] for each in order)
+            names = "all weights and biases" if what == BOTH else "all weights"
+            fault = Fault(
+                "projections in another order",
+                names,
+                f"the blocks of {names} were taken as {found} instead of query, key, value, output",
+                f"{', '.join(f'in_proj_{each}, out_proj.{each}' for each in what)}: "
+                f"order query, key, value, output, not {found}",
+            )
+            usual = what == BOTH and len(letters) == 2
+            yield Hypothesis(fault, functools.partial(taken, moves=moves), rare=not usual)
+
+
 def wrong_slice(case: Case) -> Iterator[Hypothesis]:
     """One projection got another's block: weights and bias, or weights alone."""
     for to, source in itertools.permutations((*LETTERS, "out"), 2):

@@ -88,8 +88,8 @@ def _manifold(bench: Bench, case: Case, accuracy: Accuracy) -> bool:
     for a factor. Roundings of the weights are shared by the rows as well, so they are measured by simulated noise.
     """
     exact = bench.computer.run(case.state)
-    rng = np.random.default_rng(0)
-    drawn = [Computer(noisy(accuracy, rng), bench.cut).run(case.state) for _ in range(DRAWS)]
+    arithmetic = noisy(accuracy, np.random.default_rng(0))
+    drawn = [Computer(arithmetic, bench.cut).run(case.state) for _ in range(DRAWS)]
     told = False
     for name, observed in bench.observed.items():
         beside = [_beside(each[name] - exact[name]) for each in drawn]

@@ -31,10 +31,11 @@ def transposed(case: Case) -> Iterator[Hypothesis]:
 
 
 def _of(letters: tuple[str, ...], native: str, words: str, where: str = "") -> Hypothesis:
+    lie, were = ("lie", "were") if words.endswith("s") else ("lies", "was")
     fault = Fault(
         "projection transposed",
         where or f"{letters[0]}_weight",
-        f"{words} lies there as (in, out) and was used as (out, in)",
+        f"{words} {lie} there as (in, out) and {were} used as (out, in)",
         f"{native}: transpose",
     )
     return Hypothesis(fault, lambda state: _transpose(state, letters))

@@ -222,6 +222,27 @@ class State:
         inputs = (self.query.key, self.key.key, self.value.key, None if self.keep is None else self.keep.key)
         return (parameters, masks, plain, ways, inputs)
 
+    # What two states have in common is looked up often, so long recipes are hashed once for each state.
+
+    @functools.cached_property
+    def projected(self) -> Mapping[str, int]:
+        """By letter: equal for states that project that input to the same heads by the same recipe."""
+        rows = (self.bias_row, self.zero_row, self.rows_swapped)
+        given = {"q": self.query, "k": self.key, "v": self.value}
+        found = {}
+        for letter, tensor in given.items():
+            names = [f"{letter}_weight", f"{letter}_bias", *([f"bias_{letter}"] if self.bias_row else [])]
+            keys = tuple(each.key if (each := self.parameters.get(name)) else None for name in names)
+            appended = None if letter == "q" else rows
+            found[letter] = tensor.memo.number("heads", tensor.key, keys, self.heads, self.split, appended)
+        return found
+
+    @functools.cached_property
+    def attended(self) -> int:
+        """Equal for states with the same attention weights before dropout, by the same recipe."""
+        how = (self.scale, tuple(mask.key for mask in self.masks), self.axis, self.fully_masked)
+        return self.query.memo.number("attention", self.projected["q"], self.projected["k"], how)
+
     @property
     def mixes(self) -> str:
         """What cannot be computed by itself: "" (each row can), "rows" (only whole sequences), "batches" (only all)."""

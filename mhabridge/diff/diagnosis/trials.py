@@ -21,7 +21,8 @@ FAR = 100.0  # times the clean bound that a right hypothesis is never off: its o
 NEAR = 3.0  # times as far off as the best one: not worth full bounds
 MOST, LEAST = 30_000, 3_000  # pairs with a rare fault that are tried in a stage, by how much each costs
 FLOPS = 8e9  # of such a stage, more or less
-WORK = 1.5e10  # of all pairs, as ``Computer.work`` counts; that takes about five seconds
+WORK = 1.5e10  # of all pairs, as ``Computer.work`` counts; that takes about five seconds of one processor
+ORDERS = 0.4  # of that, what looking for orders of heads may take: one of 32 heads takes as long as some 500 pairs
 CANDIDATE = 2e5  # of that, what a candidate costs besides what is computed for it
 BASES = 24  # single faults after which the order of heads is looked for, or more
 MOST_ORDERS = 3_200  # of such faults by H^2
@@ -120,7 +121,7 @@ class Trials:
         )
         for stage in stages:
             found = self._verified(self._ranked(stage))
-            if found or self.cut_short:
+            if found or self._work() > self._most_work:
                 return found
         return []
 
@@ -152,18 +153,22 @@ class Trials:
         """Those that change what is computed (by itself the key's bias does not), the nearest first."""
         clean = self._filter(self.case.state).misfits(self.case.state)
         ranked = []
-        for i, (_, state) in enumerate(self._states()):
+        for i, (each, state) in enumerate(self._states()):
             if self.bench(state.mixes, filtering=True) is None:
                 continue
             misfits = self._filter(state).misfits(state)
-            if any(_differ(misfit, right) for misfit, right in zip(misfits, clean, strict=True)):
+            if each.latent or any(_differ(misfit, right) for misfit, right in zip(misfits, clean, strict=True)):
                 ranked.append((math.prod(misfits), i))
         return [self._states()[i] for _, i in sorted(ranked)]
 
     def _ordered(self, bases: Sequence[tuple[Hypothesis, State]]) -> Iterator[Candidate]:
         """Each of the nearest faults, and then the order of heads that explains best what is left."""
         places = {id(state): i for i, (_, state) in enumerate(self._states())}
+        most = min(self._work() + ORDERS * WORK, self._most_work)
         for each, state in bases[: max(BASES, MOST_ORDERS // self.case.state.heads**2)]:
+            if self._work() > most:
+                self.cut_short = True
+                return
             for order in permutations(self._filter(state), state):
                 changed = order.change(state)
                 if changed is not None:

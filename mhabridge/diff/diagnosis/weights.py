@@ -20,6 +20,7 @@ from mhabridge.diff.diagnosis.findings import Diagnosis, Fault
 from mhabridge.diff.diagnosis.sources import Source, hashes, order_of, together
 
 PACKED = (("q_weight", "k_weight", "v_weight"), ("q_bias", "k_bias", "v_bias"))
+_WORDS = {"q": "query", "k": "key", "v": "value"}
 _UNITS = 4.0  # of roundoff: a factor that was itself rounded, a product, and the rounding of each side
 _NEARLY = 2e-6  # of 1: how exact a cosine is
 REARRANGED = 0.999  # cosines below that: two matrices as near as this are no rearrangements of each other
@@ -80,7 +81,7 @@ def _diagnosed(layer: str, side: str, search: _Search, differing: Mapping[str, f
     found.update(search.every(vectors) if all(found.values()) else {part: [] for part in vectors})
     left = [part for part, findings in found.items() if not findings]
     chosen = [findings[0] for findings in found.values() if findings]
-    faults = _faults(_in_order(chosen))
+    faults = _faults([search.as_rows(one) for one in _in_order(chosen)])
     if left:
         partly = f" What is explained: {'; '.join(fault.words for fault in faults)}." if faults else ""
         words = f"Unexplained: {', '.join(left)} differ by more than a simple mistake.{partly}"
@@ -285,11 +286,33 @@ class _Search:
         self.tried += 1
         for start in [place for place, row in enumerate(rows) if row == own[0]]:
             if rows[start : start + len(own)] == own:
-                right = sum(self.first[name].shape[0] for name in packed[: packed.index(part)])
-                span, wanted = (f"[{at}:{at + len(own)}]" for at in (start, right))
-                words = f"{part} holds rows {span} of the packed projection instead of {wanted}"
-                return [self._made(part, "wrong slice", words, f"take rows {wanted} of the packed projection")]
+                return [self._of_rows(part, packed, start, len(own))]
         return []
+
+    def _of_rows(self, part: str, packed: Sequence[str], start: int, length: int) -> _Finding:
+        """Said as a diff of what layers compute says it, where the second side's file has the three in one tensor."""
+        right = self._begin(part, packed)
+        span, wanted = (f"{at}:{at + length}" for at in (start, right))
+        words = f"{part} holds rows [{span}] of the packed projection instead of [{wanted}]"
+        if not self._in_one_tensor(part):
+            return self._made(part, "wrong slice", words, f"take rows [{wanted}] of the packed projection")
+        whole = self.names[part].removesuffix(f" ({part})")
+        mend = f"{whole}: rows {wanted} of the packed projection are the {_WORDS[part[0]]}, not {span}"
+        return _Finding(part, "wrong slice", words, mend)
+
+    def _begin(self, part: str, packed: Sequence[str]) -> int:
+        return sum(self.first[name].shape[0] for name in packed[: packed.index(part)])
+
+    def _in_one_tensor(self, part: str) -> bool:
+        """The name of a tensor that holds several parameters has the parameter's behind it."""
+        return self.names.get(part, part).endswith(f" ({part})")
+
+    def as_rows(self, one: _Finding) -> _Finding:
+        """Another projection's whole block, taken from the packed one, is a slice of it at the wrong rows."""
+        packed = next((parts for parts in PACKED if one.part in parts and one.other in parts), ())
+        if one.name != "wrong slice" or not packed or not self._stack(packed) or not self._in_one_tensor(one.part):
+            return one
+        return self._of_rows(one.part, packed, self._begin(one.other, packed), self.second[one.part].shape[0])
 
     def _stack(self, packed: Sequence[str]) -> list[int]:
         there = [self.first[part] for part in packed if part in self.first]

@@ -90,12 +90,23 @@ def key(item: Entry | Picture) -> Key:
 
 
 def most_telling(report: DiffReport) -> tuple[Picture, Entry] | None:
-    """The picture of the worst comparison, in the first divergence if there is one; with maps rather than without."""
+    """The picture that shows what is wrong, in the first divergence if there is one; of several one with maps.
+
+    Heads that are equal, or differ by rounding alone while the output does not, show nothing: the output does then.
+    """
     entries = {key(entry): entry for entry in (*report.pairs, *report.entries)}
     pictures = [picture for picture in report.pictures if picture.counts and key(picture) in entries]
     known = [(picture, entries[key(picture)]) for picture in pictures]
     here = [each for each in known if each[1].layer == report.first_divergence] or known
-    return max(here, key=lambda each: (bool(each[0].maps), VERDICTS.index(each[1].comparison.verdict)), default=None)
+    return max(here, key=lambda each: _telling(*each), default=None)
+
+
+def _telling(picture: Picture, entry: Entry) -> tuple[bool, bool, bool, int]:
+    found = entry.comparison
+    bounds = [bound for bound, _ in bounds_of(picture, found)]
+    # Two sides with other weights may both be right by their own, and yet be further apart than both may be off.
+    beyond = bool(bounds) and not found.max_abs <= sum(bounds)
+    return not found.ok, beyond, bool(picture.maps) and found.max_abs != 0.0, VERDICTS.index(found.verdict)
 
 
 def drawn(report: DiffReport, room: int = ROOM) -> dict[Key, Drawn]:
