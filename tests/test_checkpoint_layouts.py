@@ -466,3 +466,17 @@ def test_an_old_one_does_not_stay_beside_a_new_file(tmp_path: Path) -> None:
     assert convert_checkpoint(tmp_path / "plain.npz", tmp_path / "a.npz", to="torch", force=True).verified
     assert inspect_checkpoint(tmp_path / "a.npz").blocks == ()
     assert json.loads((tmp_path / "a.npz.mhabridge.json").read_text())["attention"] == {}
+
+
+def test_an_old_one_is_replaced_by_one_that_can_be_read_without_a_framework_too(tmp_path: Path) -> None:
+    for ending in (".npz", ".ckpt", ".pth", ".pkl"):
+        travelling(tmp_path, ending)
+        plain, target = tmp_path / "plain.npz", tmp_path / f"a{ending}"
+        np.savez(
+            plain, **{"attn.in_proj_weight": np.ones((12, 4), "f4"), "attn.out_proj.weight": np.ones((4, 4), "f4")}
+        )
+        assert convert_checkpoint(plain, target, force=True).verified
+        assert [block.layout for block in inspect_checkpoint(target).blocks] == ["torch"]
+        assert fingerprint(target) == fingerprint(plain)
+        assert convert_checkpoint(target, tmp_path / "b.safetensors", force=True).verified  # it travels on
+        assert convert_checkpoint(tmp_path / "b.safetensors", tmp_path / "c.npz", to="torch", force=True).verified
