@@ -109,7 +109,7 @@ def convert_checkpoint(
         drop: patterns of what to leave out: tensors, and entries that are none.
         allow_missing: patterns of names in ``names_of``, which must be given, that may stay without a value.
         force: replace an existing target.
-        dry_run: make the plan and write nothing.
+        dry_run: make the plan and write nothing. What would be refused is refused, so that a plan can be carried out.
         verify: read the result back and compare it with the source bit for bit before it takes its name; the source's
             own checksums are looked at too.
         progress: called with the bytes done and the bytes in all (each counts twice when it is also verified), from any
@@ -156,10 +156,11 @@ def convert_checkpoint(
         plan = planning.make(file, options)
         kept, left_out = _sorted_objects(file, format, options.drop)
         report = _report(file, format, plan, kept, [*left_out, *notes])
-        _require_nothing_lost(report, target)
-        if dry_run:
-            return report
         job = Job(file, target, format, plan, kept, to, force, verify, progress, shard_size, sync, workers)
+        _require_nothing_lost(report, job)
+        if dry_run:
+            job.require_possible()
+            return report
         wrong = job.run()
     if wrong is not None:
         return dataclasses.replace(report, verified=False, notes=(*report.notes, f"Not written: {wrong}."))
@@ -188,20 +189,33 @@ def _report(
     )
 
 
-def _require_nothing_lost(report: ConversionReport, target: Path) -> None:
-    """Refuse to write over the source itself what is not all of it: the rest would be gone.
+def _require_nothing_lost(report: ConversionReport, job: Job) -> None:
+    """Refuse to write over the source itself what is not all of it, and over a part of it, such as one of its shards.
 
     Raises:
-        CheckpointError: it would be.
+        CheckpointError: something would be gone, or a checkpoint in several files would no longer be whole.
     """
     lost = [*(name for entry in report.entries if entry.target is None for name in entry.sources), *report.left_out]
-    if lost and target.exists() and target.samefile(report.source):
+    read = {_identity(file) for file in job.file.paths}
+    hit = [file.name for file in job.touched() if _identity(file) in read - {None}]
+    whole = _identity(job.target) == _identity(job.file.path)
+    if hit and (lost or not whole):
+        what = f"the source itself, without {_few(lost)}" if whole else f"{_few(hit)}, which the source is read from"
         raise CheckpointError(
-            str(target),
-            given=f"the source itself, without {_few(lost)}",
+            str(job.target),
+            given=what,
             expected="another file",
-            advice="What is left out would be lost: write to another name.",
+            advice="What is left out would be lost: write to another name." if lost else "Write to another name.",
         )
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    """What tells a file from all others, whatever it is called; None when there is none."""
+    try:
+        found = path.stat()
+    except (OSError, ValueError):  # ValueError: NUL in the name
+        return None
+    return found.st_dev, found.st_ino
 
 
 def _format_of(target: Path) -> Format:

@@ -39,6 +39,7 @@ class Format:
         read: opens a file: ``read(path, nested, verify)``.
         write: writes one: ``write(sink, tensors, objects, metadata, nested)``; None when the format is only read, or
             is no single file.
+        require_room: refuses what ``write`` refuses, and writes nothing; its arguments are those after the sink.
         holds: whether an entry that is no tensor can be written.
         ties: whether tensors that are one in the source are one in a file of this format.
         empty: whether there are files of this format without anything in them.
@@ -49,6 +50,7 @@ class Format:
     sniff: Callable[[bytes], bool]
     read: Callable[[Path, Sequence[str] | None, bool], StoredFile]
     write: Callable[..., None] | None
+    require_room: Callable[..., None]
     holds: Callable[[StoredObject], bool]
     ties: bool = False
     empty: bool = True
@@ -71,30 +73,50 @@ FORMATS = (
         safetensors_file.sniff,
         safetensors_file.read,
         safetensors_file.write,
+        safetensors_file.require_room,
         safetensors_file.holds,
     ),
-    Format(npz.NAME, (".npz",), npz.sniff, npz.read, npz_writing.write, npz_writing.holds),
+    Format(npz.NAME, (".npz",), npz.sniff, npz.read, npz_writing.write, npz_writing.require_room, npz_writing.holds),
     Format(
         "torch",
         (".pt", ".pth", ".bin", ".pth.tar"),
         torch_zip.sniff,
         torch_zip.read,
         torch_writer.write,
+        torch_writer.require_room,
         emitting.holds,
         ties=True,
     ),
-    Format("torch-legacy", (), torch_legacy.sniff, torch_legacy.read, None, emitting.holds),
+    Format("torch-legacy", (), torch_legacy.sniff, torch_legacy.read, None, torch_writer.require_room, emitting.holds),
     Format(
         mindspore_ckpt.NAME,
         (".ckpt",),
         mindspore_ckpt.sniff,
         mindspore_ckpt.read,
         mindspore_writing.write,
+        mindspore_writing.require_room,
         mindspore_writing.holds,
         empty=False,
     ),
-    Format("megengine", (".pkl", ".mge"), megengine.sniff, megengine.read, megengine.write, emitting.holds, ties=True),
-    Format(sharded.NAME, (sharded.ENDING,), sharded.sniff, _read_shards, None, safetensors_file.holds),
+    Format(
+        "megengine",
+        (".pkl", ".mge"),
+        megengine.sniff,
+        megengine.read,
+        megengine.write,
+        megengine.require_room,
+        emitting.holds,
+        ties=True,
+    ),
+    Format(
+        sharded.NAME,
+        (sharded.ENDING,),
+        sharded.sniff,
+        _read_shards,
+        None,
+        safetensors_file.require_room,
+        safetensors_file.holds,
+    ),
 )
 
 

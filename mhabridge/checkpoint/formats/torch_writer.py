@@ -41,12 +41,11 @@ def write(
     Raises:
         CheckpointError: a name occurs twice, or an object is not plain data.
     """
-    before, after = emitting.wrapped(tensors, objects, nested)
     keys, owners = _storages(tensors)
-    entries = [emitting.value(tensor.name) + _tensor(tensor, key) for tensor, key in zip(tensors, keys, strict=True)]
+    pickled = _pickled(tensors, keys, objects, nested)
     sink.reserve(sum(owner.nbytes for owner in owners))
     archive = ZipWriter(sink)
-    archive.add(f"{FOLDER}/data.pkl", b"".join([emitting.start(2), before, *entries, after, emitting.STOP]))
+    archive.add(f"{FOLDER}/data.pkl", pickled)
     archive.add(f"{FOLDER}/.format_version", b"1")
     archive.add(f"{FOLDER}/.storage_alignment", str(ALIGNMENT).encode())
     archive.add(f"{FOLDER}/byteorder", b"little")
@@ -54,6 +53,25 @@ def write(
         archive.add_emitted(f"{FOLDER}/data/{key}", owner.nbytes, owner.write_to)
     archive.add(f"{FOLDER}/version", b"3\n")
     archive.finish()
+
+
+def require_room(
+    tensors: Sequence[Outgoing],
+    objects: Sequence[StoredObject] = (),
+    metadata: Mapping[str, str] | None = None,
+    nested: Sequence[str] = (),
+) -> None:
+    """Refuse what ``write`` refuses, before the first byte is written; the arguments are the same."""
+    _pickled(tensors, _storages(tensors)[0], objects, nested)
+
+
+def _pickled(
+    tensors: Sequence[Outgoing], keys: Sequence[int], objects: Sequence[StoredObject], nested: Sequence[str]
+) -> bytes:
+    """The pickle of a checkpoint whose tensors have these storages."""
+    before, after = emitting.wrapped(tensors, objects, nested)
+    entries = [emitting.value(tensor.name) + _tensor(tensor, key) for tensor, key in zip(tensors, keys, strict=True)]
+    return b"".join([emitting.start(2), before, *entries, after, emitting.STOP])
 
 
 def _storages(tensors: Sequence[Outgoing]) -> tuple[list[int], list[Outgoing]]:

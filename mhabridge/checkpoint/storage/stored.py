@@ -79,6 +79,11 @@ class StoredFile(Mapping[str, StoredTensor]):
             self.close()
             raise
 
+    @property
+    def paths(self) -> tuple[Path, ...]:
+        """All files that it is read from: what was opened, and of several files each."""
+        return (self.path, *(self._open.path(number) for number in range(len(self.files))))
+
     def __getitem__(self, name: str) -> StoredTensor:
         return self._tensors[name]
 
