@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from mhabridge.checkpoint.conversion import ConversionReport, convert_checkpoint
-from mhabridge.checkpoint.formats import safetensors_file
+from mhabridge.checkpoint.formats import npz_writing, safetensors_file
 from mhabridge.checkpoint.formats.known import open_checkpoint
 from mhabridge.checkpoint.inspection import inspect_checkpoint
 from mhabridge.checkpoint.planning import completeness, renaming
@@ -581,3 +581,66 @@ def test_bfloat16_keeps_its_bits_in_every_container(tmp_path: Path) -> None:
         assert convert_checkpoint(at, target, to="torch").verified
         at = target
         assert bits(at) == {"x": ("bfloat16", (4,), words.tobytes())}
+
+
+# -- whose names a file has --------------------------------------------------------------------------------------------
+
+
+def plain_file(folder: Path, content: dict[str, np.ndarray], ending: str = ".safetensors") -> Path:
+    """A file without a mark: nothing but names tells whose it is."""
+    writer = safetensors_file if ending == ".safetensors" else npz_writing
+    return written(folder / f"a{ending}", writer, [outgoing(name, "float32", one) for name, one in content.items()])
+
+
+def vision_transformer() -> dict[str, np.ndarray]:
+    """Some of a timm vision transformer, with the gamma of its LayerScale, and a convolution with a flat kernel."""
+    found = {"patch_embed.proj.weight": np.ones((4, 3, 2, 2)), "patch_embed.proj.bias": np.ones(4)}
+    for path in ("blocks.0.norm1", "blocks.0.norm2", "norm"):
+        found.update({f"{path}.weight": np.ones(4), f"{path}.bias": np.zeros(4)})
+    return {**found, "blocks.0.ls1.gamma": np.ones(4), "flat.weight": np.ones((4, 3, 1, 3))}
+
+
+@pytest.mark.parametrize("ending", [".safetensors", ".npz"])
+def test_one_gamma_does_not_make_a_file_mindspores(ending: str, tmp_path: Path) -> None:
+    source = plain_file(tmp_path, vision_transformer(), ending)
+    for to in ("torch", "megengine"):
+        report = convert_checkpoint(source, tmp_path / f"{to}.npz", to=to)
+        assert "blocks.0.ls1.gamma" in targets(report)
+        assert sum(count for rule, count in report.counts.items() if rule.startswith("conv2d")) == 2
+        assert f"a{ending}: not read as MindSpore's although blocks.0.ls1.gamma is there: 3 layers have" in "".join(
+            report.notes
+        )
+    said = convert_checkpoint(source, tmp_path / "said.npz", to="torch", source="torch", dry_run=True)
+    assert [entry.target for entry in said.entries] == [entry.target for entry in report_of(source).entries]
+    assert not any("read as" in note for note in said.notes)
+
+
+def report_of(source: Path, to: str = "torch") -> ConversionReport:
+    return convert_checkpoint(source, source.with_name("unwritten.npz"), to=to, dry_run=True)
+
+
+@pytest.mark.parametrize(
+    ("content", "own"),
+    [
+        ({"n.gamma": 4, "n.beta": 4}, True),
+        ({"n.gamma": 4, "n.beta": 4, "m.gamma": 4, "m.beta": 4, "mint.weight": 4, "mint.bias": 4}, True),
+        ({"n.gamma": 4, "n.beta": 4, "a.weight": 4, "a.bias": 4, "b.weight": 4, "b.bias": 4}, False),
+        ({"n.gamma": 4}, True),  # MindSpore's norms may be without a beta
+        ({"n.gamma": 4, "a.weight": 4, "a.bias": 4}, False),
+        ({"bn.moving_mean": 4, "bn.moving_variance": 4, "a.weight": 4, "a.bias": 4, "n.gamma": 4}, True),
+    ],
+)
+def test_names_are_weighed(content: dict[str, int], own: bool, tmp_path: Path) -> None:
+    source = plain_file(tmp_path, {name: np.ones(size) for name, size in content.items()})
+    report = report_of(source)
+    assert ("n.weight" in targets(report)) == own or "n.gamma" not in content
+    assert ("bn.running_mean" in targets(report)) == ("bn.moving_mean" in content)
+    assert any("a.safetensors: read as MindSpore's: " in note for note in report.notes) == own
+    assert any("not read as MindSpore's" in note for note in report.notes) != own
+
+
+def test_a_packed_vector_is_megengines(tmp_path: Path) -> None:
+    source = plain_file(tmp_path, {"attn.io_weight_bias": np.ones((1, 80))})
+    report = convert_checkpoint(source, tmp_path / "b.npz", to="torch", spec=SPEC, dry_run=True)
+    assert "read as MegEngine's: only its layers have io_weight_bias" in "".join(report.notes)
+    assert not any("read as" in note for note in report_of(source_of(tmp_path)).notes)
