@@ -31,7 +31,7 @@ class Verdict:
 def weigh(shapes: Mapping[str, Shape]) -> Verdict | None:
     """The framework that the names in a file speak for, or one that they only seem to speak for.
 
-    A name that only one framework's layers have decides. One that other people's layers have, too, such as gamma, counts
+    A name that only one framework's layers have decides. One that others have too, such as gamma, counts
     where a layer of the framework is whole, and against all layers that the framework would call otherwise.
 
     Args:
@@ -46,7 +46,9 @@ def weigh(shapes: Mapping[str, Shape]) -> Verdict | None:
         >>> "mindspore" in weigh({"ls.gamma": (4,), "norm.weight": (4,), "norm.bias": (4,)}).dialects
         False
     """
-    leaves = {name.rpartition(".")[2]: name for name in reversed(shapes)}
+    leaves: dict[str, str] = {}
+    for name in shapes:
+        leaves.setdefault(name.rpartition(".")[2], name)
     for framework in mapping.FRAMEWORKS:
         own = [leaf for leaf in _declared(framework).get("names", ()) if leaf in leaves]
         if own:
