@@ -158,6 +158,13 @@ def test_a_prefix_may_stay(tmp_path: Path) -> None:
     assert names(tmp_path / "target.npz") == [f"module.{name}" for name in IN_MINDSPORE]
 
 
+def test_the_first_rule_that_fits_is_used_even_if_it_keeps_the_name(tmp_path: Path) -> None:
+    report = convert(source_of(tmp_path), to=None, rename=["norm.*=norm.*", "n*.weight=x.weight", "fc.*=y.*"])
+    assert {"norm.weight", "norm.bias", "y.weight"} <= targets(report).keys()
+    with pytest.raises(ArgumentError, match=r"rename: given 'nothing\.\*=nothing\.\*', which no name fits"):
+        convert(source_of(tmp_path), to=None, rename=["nothing.*=nothing.*"])
+
+
 def test_two_tensors_of_one_name_are_an_error(tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match=r"fc\.weight: given fc\.weight and norm\.weight"):
         convert(source_of(tmp_path), rename="norm.*=fc.*")
