@@ -513,6 +513,18 @@ def test_names_cannot_command_a_terminal(mhabridge: Callable[..., Done]) -> None
 # -- fingerprints ------------------------------------------------------------------------------------------------------
 
 
+def test_an_error_names_the_file_and_the_way_out(mhabridge: Callable[..., Done], folder: Path) -> None:
+    np.savez("a.npz", **{"attn.io_weight_bias": np.ones((1, 80), "f4")})
+    Path("spec.json").write_text('{"embed_dim": 4, "num_heads": 2, "kdim": 4, "vdim": 4, "bias": true}')
+    done = mhabridge("fingerprint", "model.npz", "a.npz")
+    assert done.code == 2
+    assert done.out.startswith("model.npz: ")
+    assert done.err.startswith("mhabridge: a.npz: ")
+    assert "--spec FILE" in done.err
+    assert '{"embed_dim": 512, "num_heads": 8, "kdim": 512, "vdim": 512, "bias": true}' in " ".join(done.err.split())
+    assert mhabridge("fingerprint", "a.npz", "--spec", "spec.json").code == 0
+
+
 def test_fingerprints_tell_files_apart(mhabridge: Callable[..., Done]) -> None:
     other = model()
     other["head.weight"] = other["head.weight"].copy()
