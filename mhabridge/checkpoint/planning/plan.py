@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mhabridge import layouts, mapping, packing
-from mhabridge.checkpoint.planning import completeness, modules, origins, renaming, sidecar
+from mhabridge.checkpoint.planning import completeness, modules, origins, renaming, sidecar, turned
 from mhabridge.checkpoint.planning.drafts import Check as Check
 from mhabridge.checkpoint.planning.drafts import Draft, Shape
 from mhabridge.checkpoint.planning.drafts import Entry as Entry
@@ -173,7 +173,8 @@ def _translate(draft: Draft, options: Options, to: Dialect) -> tuple[list[Block]
     draft.notes += incomplete(draft.left())
     source = origins.origin(file, specs, options.source)
     draft.notes += [f"{file.path.name}: {source.note}"] if source.note else []
-    layers = LayerPlanner(draft, to, source.dialects, specs, options.kinds, options.names_of)
+    lying = turned.paths((block.prefix, block.layout) for block in blocks), turned.paths(layouts_of.items())
+    layers = LayerPlanner(draft, to, source.dialects, specs, options.kinds, options.names_of, lying)
     layers.plan(transformer_parts([block.prefix for block in blocks], draft.tensors, to))
     draft.notes += origins.notes_on_dtypes(to, [(one.name, one.dtype) for one in draft.in_order()])
     if all(entry.unchanged for entry in draft.filled()):
