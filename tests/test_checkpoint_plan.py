@@ -425,6 +425,35 @@ def test_options_of_the_wrong_kind(options: dict[str, Any], tmp_path: Path) -> N
         convert_checkpoint(source_of(tmp_path), None)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        ({"workers": "a"}, ArgumentTypeError),
+        ({"workers": True}, ArgumentTypeError),
+        ({"workers": 0}, ArgumentError),
+        ({"workers": -1}, ArgumentError),
+        ({"shard_size": "5"}, ArgumentTypeError),
+        ({"shard_size": -1}, ArgumentError),
+        ({"shard_size": 0}, ArgumentError),
+        ({"progress": 5}, ArgumentTypeError),
+        ({"nested": 5}, ArgumentTypeError),
+        ({"nested": ("model", 5)}, ArgumentTypeError),
+        ({"names_of": {"a": 5}}, ArgumentTypeError),
+        ({"names_of": {"a": (-1,)}}, ArgumentTypeError),
+        ({"names_of": {5: (1,)}}, ArgumentTypeError),
+    ],
+)
+def test_values_that_cannot_be(options: dict[str, Any], error: type[Exception], tmp_path: Path) -> None:
+    (name,) = options
+    for target in ("b.npz", "b.safetensors.index.json"):
+        with pytest.raises(error, match=f"^{name}: given "):
+            convert_checkpoint(source_of(tmp_path), tmp_path / target, **options)
+    assert [file.name for file in tmp_path.iterdir()] == ["source.npz"]
+    if name == "nested":
+        with pytest.raises(ArgumentTypeError, match=r"^nested: given "):
+            inspect_checkpoint(tmp_path / "source.npz", **options)
+
+
 def test_nothing_is_lost_by_writing_over_the_source(tmp_path: Path) -> None:
     file = torch_file(tmp_path, {"state_dict": state(), "epoch": 3, "optimizer": {"state": {0: np.ones(2)}}})
     before = file.read_bytes()

@@ -16,9 +16,10 @@ from mhabridge.checkpoint.planning import plan as planning
 from mhabridge.checkpoint.planning import renaming
 from mhabridge.checkpoint.planning.plan import Entry, Options, Plan
 from mhabridge.checkpoint.publishing import Job, Progress
+from mhabridge.checkpoint.storage import checking
 from mhabridge.checkpoint.storage.parallel import usual_count
 from mhabridge.checkpoint.storage.stored import StoredFile, StoredObject
-from mhabridge.errors import ArgumentTypeError, CheckpointError
+from mhabridge.errors import ArgumentError, ArgumentTypeError, CheckpointError
 
 _SHARD = 5 << 30  # bytes: what Hugging Face's libraries write
 
@@ -148,6 +149,10 @@ def convert_checkpoint(
     """
     if not isinstance(dst, (str, os.PathLike)):
         raise ArgumentTypeError("dst", given=f"{dst!r:.80}", expected="a path: a string or a pathlib.Path")
+    _require_count("shard_size", shard_size)
+    _require_count("workers", 1 if workers is None else workers)
+    if progress is not None and not callable(progress):
+        raise ArgumentTypeError("progress", given=f"{progress!r:.80}", expected="a function, or None")
     target, workers = Path(dst), usual_count() if workers is None else workers
     format = _format_of(target)
     options = Options(to, layout, source, spec, num_heads, rename, drop, allow_missing, kinds or {}, _names(names_of))
@@ -265,8 +270,22 @@ def _few(names: Sequence[str]) -> str:
     return ", ".join([*names[:8], *["..."][: len(names) > 8]])
 
 
+def _require_count(name: str, given: Any) -> None:
+    if not isinstance(given, int) or isinstance(given, bool):
+        raise ArgumentTypeError(name, given=f"{given!r:.80}", expected="a whole number from 1 on")
+    if given < 1:
+        raise ArgumentError(name, given=str(given), expected="a whole number from 1 on")
+
+
 def _names(given: Any) -> Mapping[str, tuple[int, ...]] | None:
-    if given is None or isinstance(given, Mapping):
-        return given
+    if given is None:
+        return None
+    if isinstance(given, Mapping):
+        for name, shape in given.items():
+            if not isinstance(name, str) or not isinstance(shape, (tuple, list)) or not checking.is_shape(shape):
+                raise ArgumentTypeError(
+                    "names_of", given=f"{name!r:.80} with {shape!r:.80}", expected="shapes (tuples of lengths) by name"
+                )
+        return {name: tuple(shape) for name, shape in given.items()}
     with open_checkpoint(given) as file:
         return {name: tensor.shape for name, tensor in file.items()}

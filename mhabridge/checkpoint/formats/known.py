@@ -6,6 +6,7 @@ import dataclasses
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from mhabridge.checkpoint.formats import (
     megengine,
@@ -143,13 +144,12 @@ def open_checkpoint(
         verify: also compare the checksums that the file has, which reads all of it.
 
     Raises:
-        ArgumentTypeError: that is no path.
+        ArgumentTypeError: that is no path, or these are no keys.
         CheckpointError: the file is missing, damaged, of an unknown format, or asks for something that we refuse to do.
     """
     if not isinstance(path, (str, os.PathLike)):
         raise ArgumentTypeError("path", given=f"{path!r:.80}", expected="a path: a string or a pathlib.Path")
-    path = Path(path)
-    nested = (nested,) if isinstance(nested, str) else nested
+    path, nested = Path(path), _keys(nested)
     named, found = by_name(path), _by_content(path)
     chosen = found[0] if found else named
     if chosen is None:
@@ -163,6 +163,18 @@ def open_checkpoint(
     if named not in (None, chosen) and chosen.endings:
         file.notes = (*file.notes, f"{path.name} is a {chosen.name} file by its content, whatever its name says.")
     return file
+
+
+def _keys(nested: Any) -> tuple[str, ...] | None:
+    """The keys under which a state dict lies; a text is one of them."""
+    if nested is None:
+        return None
+    keys = (nested,) if isinstance(nested, str) else tuple(nested) if isinstance(nested, Sequence) else (nested,)
+    if not all(isinstance(key, str) for key in keys):
+        raise ArgumentTypeError(
+            "nested", given=f"{nested!r:.80}", expected="a key, or a tuple of keys; () is the top of the file"
+        )
+    return keys
 
 
 def _by_content(path: Path) -> list[Format]:
