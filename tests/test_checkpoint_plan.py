@@ -680,3 +680,15 @@ def test_a_packed_vector_is_megengines(tmp_path: Path) -> None:
     report = convert_checkpoint(source, tmp_path / "b.npz", to="torch", spec=SPEC, dry_run=True)
     assert "read as MegEngine's: only its layers have io_weight_bias" in "".join(report.notes)
     assert not any("read as" in note for note in report_of(source_of(tmp_path)).notes)
+
+
+@pytest.mark.parametrize(
+    ("to", "ending", "said"), [("torch", ".ckpt", "MindSpore's"), ("megengine", ".pth", "PyTorch's")]
+)
+def test_names_in_another_frameworks_format_are_noted(to: str, ending: str, said: str, tmp_path: Path) -> None:
+    source = source_of(tmp_path)
+    report = convert_checkpoint(source, tmp_path / f"b{ending}", to=to)
+    assert f"is {said} own format" in " ".join(report.notes)
+    for other, goal in ((None, ending), (to, ".npz"), (to, ".safetensors")):
+        report = convert_checkpoint(source, tmp_path / f"c{goal}", to=other, force=True)
+        assert "own format" not in " ".join(report.notes)

@@ -12,8 +12,8 @@ from typing import Any
 
 from mhabridge.checkpoint.formats import known, sharded
 from mhabridge.checkpoint.formats.known import Format, open_checkpoint
+from mhabridge.checkpoint.planning import origins, renaming
 from mhabridge.checkpoint.planning import plan as planning
-from mhabridge.checkpoint.planning import renaming
 from mhabridge.checkpoint.planning.plan import Entry, Options, Plan
 from mhabridge.checkpoint.publishing import Job, Progress
 from mhabridge.checkpoint.storage import checking
@@ -160,7 +160,7 @@ def convert_checkpoint(
         notes = planning.require_inert_allowed(file, ignore_objects, options.drop)
         plan = planning.make(file, options)
         kept, left_out = _sorted_objects(file, format, options.drop)
-        report = _report(file, format, plan, kept, [*left_out, *notes])
+        report = _report(file, format, plan, kept, [*left_out, *notes], origins.notes_on_format(to, format.name))
         job = Job(file, target, format, plan, kept, to, force, verify, progress, shard_size, sync, workers)
         _require_nothing_lost(report, job)
         if dry_run:
@@ -177,7 +177,12 @@ def convert_checkpoint(
 
 
 def _report(
-    file: StoredFile, format: Format, plan: Plan, kept: Sequence[StoredObject], left_out: Sequence[str]
+    file: StoredFile,
+    format: Format,
+    plan: Plan,
+    kept: Sequence[StoredObject],
+    left_out: Sequence[str],
+    notes: Sequence[str],
 ) -> ConversionReport:
     """What a plan would do."""
     return ConversionReport(
@@ -188,7 +193,7 @@ def _report(
         plan.entries,
         tuple(entry.name for entry in kept),
         tuple(left_out),
-        (*file.notes, *plan.notes, *_torn(plan, format)),
+        (*file.notes, *plan.notes, *notes, *_torn(plan, format)),
         None,
         sum(one.nbytes for one in plan.outgoing),
     )

@@ -185,6 +185,30 @@ def mark_of(framework: str) -> str | None:
     return mark
 
 
+def notes_on_format(to: str | None, format: str) -> list[str]:
+    """What to say where one framework's names go into a format that only another one writes and reads.
+
+    Args:
+        to: the target's framework, as the user says it; None where all names stay.
+        format: of the target.
+
+    Example:
+        >>> notes_on_format("torch", "mindspore-ckpt")
+        ["mindspore-ckpt is MindSpore's own format, and gets PyTorch's names and layouts."]
+        >>> notes_on_format("mindspore@2.0", "mindspore-ckpt"), notes_on_format("torch", "safetensors")
+        ([], [])
+    """
+    if to is None:
+        return []
+    own = dialect(to).framework
+    return [
+        f"{format} is {mapping.table(one)['framework']['title']}'s own format, and gets "
+        f"{mapping.table(own)['framework']['title']}'s names and layouts."
+        for one in mapping.FRAMEWORKS
+        if one != own and format in _declared(one)["formats"]
+    ]
+
+
 def _framework_of(file: StoredFile, specs: sidecar.Specs) -> str | None:
     if specs.framework is not None:  # of any version: it says how names are to be read, and these stay
         return _parsed(specs.framework, "source").framework
