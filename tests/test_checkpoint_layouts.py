@@ -547,3 +547,53 @@ def test_a_linear_map_of_the_usual_kind_beside_gpt2s_attention(tmp_path: Path) -
     written(source, safetensors_file, [outgoing(*pair) for pair in typed(turned_round)])
     report = convert_checkpoint(source, tmp_path / "b.pth", to="torch")
     assert report.counts["linear"] == 10  # nothing but the bias says so, and it does
+
+
+# -- what may be no plain attention, and what was not recognised -------------------------------------------------------
+
+
+def test_whisper_as_openai_spells_it(tmp_path: Path) -> None:
+    spec, source = MHASpec(8, 2, k_bias=False), tmp_path / "a.npz"
+    weights = MHAWeights.random(spec)
+    named = weights.to_layout("whisper-openai", spec, prefix="encoder.blocks.0.attn")
+    assert sorted(name.removeprefix("encoder.blocks.0.attn.") for name in named) == [
+        *("key.weight", "out.bias", "out.weight", "query.bias", "query.weight", "value.bias", "value.weight")
+    ]
+    np.savez(source, **named)
+    np.savez(tmp_path / "hf.npz", **weights.to_layout("whisper", spec, prefix="encoder.layers.0.self_attn"))
+    assert fingerprint(source) == fingerprint(tmp_path / "hf.npz")
+    report = convert_checkpoint(source, tmp_path / "b.pth", to="torch")
+    assert report.counts == {
+        "attention: whisper-openai -> torch": 3,
+        "attention: whisper-openai -> torch; zeros for k_bias, which it cannot be without": 1,
+    }
+    assert convert_checkpoint(tmp_path / "b.pth", tmp_path / "c.npz", to="torch", layout="whisper-openai").verified
+    assert fingerprint(tmp_path / "c.npz") == fingerprint(source)
+
+
+def test_attention_that_may_be_rotary_is_noted_unless_a_config_says_more(tmp_path: Path) -> None:
+    source, told = tmp_path / "a.npz", "transformer.h.0.attn: read as whisper; it has no biases, as GPT-J's"
+    spec = MHASpec(8, 2, bias=False)
+    named = MHAWeights.random(spec).to_layout("whisper", spec, prefix="transformer.h.0.attn")
+    np.savez(source, **{name: one for name, one in named.items() if name.endswith("weight")})
+    assert told in " ".join(convert_checkpoint(source, tmp_path / "b.npz", to="torch", num_heads=2).notes)
+    assert told in " ".join(inspect_checkpoint(source).notes)
+    assert "GPT-J" not in " ".join(inspect_checkpoint(tmp_path / "b.npz").notes)
+    (tmp_path / "config.json").write_text('{"model_type": "bart", "num_attention_heads": 2, "hidden_size": 8}')
+    assert "GPT-J" not in " ".join(inspect_checkpoint(source).notes)
+    (tmp_path / "config.json").write_text('{"model_type": "gptj", "n_head": 2, "n_embd": 8}')
+    with pytest.raises(UnsupportedError, match="rotary"):
+        convert_checkpoint(source, tmp_path / "c.npz", to="torch")
+
+
+def test_attention_that_is_not_recognised_is_noted(tmp_path: Path) -> None:
+    attention = "encoder.block.0.layer.0.SelfAttention"
+    named = {f"{attention}.{name}.weight": np.ones((8, 8), "f4") for name in "qkvo"}
+    named[f"{attention}.relative_attention_bias.weight"] = np.ones((32, 2), "f4")
+    named["encoder.block.0.layer.1.wi.weight"] = np.ones((16, 8), "f4")
+    np.savez(tmp_path / "t5.npz", **named)
+    note = f"{attention}: it looks like attention (q, k, v) in no layout that is known: each is taken for a layer"
+    assert note in " ".join(convert_checkpoint(tmp_path / "t5.npz", tmp_path / "b.npz", to="mindspore").notes)
+    assert note in " ".join(inspect_checkpoint(tmp_path / "t5.npz").notes)
+    report = convert_checkpoint(file_of(tmp_path, "hf-bert"), tmp_path / "c.npz", to="torch")
+    assert "looks like attention" not in " ".join(report.notes)

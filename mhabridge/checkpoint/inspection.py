@@ -10,7 +10,7 @@ from typing import Any
 
 from mhabridge.checkpoint.formats.known import open_checkpoint
 from mhabridge.checkpoint.planning import sidecar
-from mhabridge.checkpoint.planning.layers import Block, find_blocks
+from mhabridge.checkpoint.planning.layers import Block, find_blocks, incomplete
 from mhabridge.checkpoint.storage.stored import StoredFile
 from mhabridge.errors import MHABridgeError
 
@@ -106,7 +106,9 @@ def _blocks(file: StoredFile, spec: Any, num_heads: int | None) -> tuple[tuple[B
         blocks = find_blocks(file, dict(file), sidecar.known(file, spec), num_heads)
     except MHABridgeError as error:
         return (), (f"attention layers: {error}",)
-    return tuple(blocks), tuple(dict.fromkeys(note for block in blocks for note in block.notes))
+    taken = {name for block in blocks for name in block.names}
+    left = incomplete(name for name in file if name not in taken)
+    return tuple(blocks), tuple(dict.fromkeys([*(note for block in blocks for note in block.notes), *left]))
 
 
 def _tensors(file: StoredFile) -> tuple[TensorInfo, ...]:
