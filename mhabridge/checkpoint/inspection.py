@@ -14,6 +14,8 @@ from mhabridge.checkpoint.planning.layers import Block, find_blocks, incomplete
 from mhabridge.checkpoint.storage.stored import StoredFile
 from mhabridge.errors import MHABridgeError
 
+_LISTED = 8
+
 
 @dataclasses.dataclass(frozen=True)
 class TensorInfo:
@@ -96,7 +98,7 @@ def inspect_checkpoint(
             {entry.name: entry.text for entry in file.objects},
             file.nested,
             file.metadata,
-            (*file.notes, *notes),
+            (*file.notes, *_unreadable(file), *notes),
         )
 
 
@@ -109,6 +111,16 @@ def _blocks(file: StoredFile, spec: Any, num_heads: int | None) -> tuple[tuple[B
     taken = {name for block in blocks for name in block.names}
     left = incomplete(name for name in file if name not in taken)
     return tuple(blocks), tuple(dict.fromkeys([*(note for block in blocks for note in block.notes), *left]))
+
+
+def _unreadable(file: StoredFile) -> list[str]:
+    """Notes on tensors whose numbers cannot be read; those of one reason together."""
+    by_reason: dict[str, list[str]] = {}
+    for name, tensor in file.items():
+        if tensor.unreadable is not None:
+            by_reason.setdefault(tensor.unreadable[0], []).append(name)
+    more = {reason: f" and {len(names) - _LISTED} more" * (len(names) > _LISTED) for reason, names in by_reason.items()}
+    return [f"{', '.join(names[:_LISTED])}{more[reason]}: {reason}." for reason, names in by_reason.items()]
 
 
 def _tensors(file: StoredFile) -> tuple[TensorInfo, ...]:
