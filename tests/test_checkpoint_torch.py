@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mhabridge.checkpoint.conversion import convert_checkpoint
-from mhabridge.checkpoint.formats import torch_legacy, torch_zip, zip_writer, zips
+from mhabridge.checkpoint.formats import torch_legacy, torch_writer, torch_zip, zip_writer, zips
 from mhabridge.checkpoint.formats.known import open_checkpoint
 from mhabridge.checkpoint.inspection import inspect_checkpoint
 from mhabridge.checkpoint.pickled import emitting
@@ -405,13 +405,51 @@ def test_only_some_expanded_views_are_read(torch, tmp_path):
 
 
 @pytest.mark.frameworks
-def test_the_versions_of_modules_are_spoken_of(torch, tmp_path):
-    torch.save(torch.nn.BatchNorm1d(2).state_dict(), tmp_path / "file.pt")
-    with read(tmp_path / "file.pt") as file:
-        assert [note for note in file.notes if "_metadata" in note and "not kept" in note]
-    torch.save({"w": torch.ones(1)}, tmp_path / "file.pt")
-    with read(tmp_path / "file.pt") as file:
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("zipped", [False, True])
+def test_the_versions_of_modules_are_kept_where_nothing_is_renamed(torch, tmp_path, nested, zipped):
+    state = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.BatchNorm1d(2)).state_dict()
+    source, target = tmp_path / "a.pth", tmp_path / "b.pth"
+    torch.save({"model": state, "epoch": 3} if nested else state, source, _use_new_zipfile_serialization=zipped)
+    for to, goal in ((None, target), ("torch", target), (None, source)):
+        report = convert_checkpoint(source, goal, to=to, force=True)
+        assert report.verified
+        assert not any("_metadata" in note for note in report.notes)
+        found = torch.load(goal, weights_only=True)
+        found = found["model"] if nested else found
+        assert found._metadata == state._metadata
+        assert found.keys() == state.keys()
+    with read(source) as file:
         assert not file.notes
+
+
+@pytest.mark.frameworks
+def test_versions_of_modules_that_are_lost_are_told_and_never_in_place(torch, tmp_path):
+    source = tmp_path / "a.pth"
+    torch.save(torch.nn.BatchNorm1d(2).state_dict(), source)
+    before = source.read_bytes()
+    for name, options in (("b.npz", {}), ("b.pth", {"rename": "*=m.*"}), ("c.pth", {"to": "mindspore"}), ("b.pkl", {})):
+        report = convert_checkpoint(source, tmp_path / name, **options)
+        assert "The versions of module classes (PyTorch's _metadata) are not kept." in report.notes
+        if name.endswith(".pth"):
+            assert not hasattr(torch.load(tmp_path / name, weights_only=True), "_metadata")
+            with pytest.raises(CheckpointError, match=r"the source itself, without .*_metadata"):
+                convert_checkpoint(source, source, force=True, **options)
+    assert source.read_bytes() == before
+    torch.save({"a": torch.nn.BatchNorm1d(2).state_dict(), "b": torch.nn.BatchNorm1d(2).state_dict()}, source)
+    with read(source, ()) as file:
+        assert [note for note in file.notes if "_metadata) of a part" in note]
+    torch.save({"w": torch.ones(1)}, source)
+    assert not convert_checkpoint(source, tmp_path / "d.npz").notes
+
+
+@pytest.mark.frameworks
+def test_other_versions_are_noticed(torch, tmp_path, monkeypatch):
+    torch.save(torch.nn.BatchNorm1d(2).state_dict(), tmp_path / "a.pth")
+    monkeypatch.setattr(torch_writer.versions, "attribute", lambda text: b"")
+    report = convert_checkpoint(tmp_path / "a.pth", tmp_path / "b.pth")
+    assert not report.ok
+    assert "other versions of module classes" in report.notes[-1]
 
 
 @pytest.mark.frameworks

@@ -21,6 +21,7 @@ from mhabridge.checkpoint.storage.parallel import usual_count
 from mhabridge.checkpoint.storage.stored import StoredFile, StoredObject
 from mhabridge.errors import ArgumentError, ArgumentTypeError, CheckpointError
 
+_VERSIONS = "The versions of module classes (PyTorch's _metadata) are not kept."
 _SHARD = 5 << 30  # bytes: what Hugging Face's libraries write
 
 
@@ -162,6 +163,7 @@ def convert_checkpoint(
         kept, left_out = _sorted_objects(file, format, options.drop)
         report = _report(file, format, plan, kept, [*left_out, *notes], origins.notes_on_format(to, format.name))
         job = Job(file, target, format, plan, kept, to, force, verify, progress, shard_size, sync, workers)
+        report = dataclasses.replace(report, notes=(*report.notes, *[_VERSIONS][: job.loses_versions]))
         _require_nothing_lost(report, job)
         if dry_run:
             job.require_possible()
@@ -206,6 +208,7 @@ def _require_nothing_lost(report: ConversionReport, job: Job) -> None:
         CheckpointError: something would be gone, or a checkpoint in several files would no longer be whole.
     """
     lost = [*(name for entry in report.entries if entry.target is None for name in entry.sources), *report.left_out]
+    lost += ["the versions of module classes (_metadata)"][: job.loses_versions]
     read = {_identity(file) for file in job.file.paths}
     hit = [file.name for file in job.touched() if _identity(file) in read - {None}]
     whole = _identity(job.target) == _identity(job.file.path)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from mhabridge.checkpoint.formats import sharded
 from mhabridge.checkpoint.formats.known import Format, open_checkpoint
+from mhabridge.checkpoint.pickled import versions
 from mhabridge.checkpoint.planning import origins, sidecar, verifying
 from mhabridge.checkpoint.planning.plan import Plan
 from mhabridge.checkpoint.storage import atomic
@@ -165,6 +166,8 @@ class Job:
             except CheckpointError as error:
                 said = re.sub(r"/proc/self/fd/\d+", lambda found: str(self.target), str(error))
                 raise _Wrong(f"it cannot be read back: {said}") from error
+            if self.keeps_versions and written[0].metadata != self._metadata():
+                wrong = wrong or "other versions of module classes"
         if wrong is not None:
             raise _Wrong(wrong)
 
@@ -180,13 +183,24 @@ class Job:
         )
 
     @property
+    def loses_versions(self) -> bool:
+        """Whether the source has versions of module classes, which the target does not get."""
+        return versions.KEY in self.file.metadata and not self.keeps_versions
+
+    @property
+    def keeps_versions(self) -> bool:
+        """Whether the target gets them: they speak of PyTorch's modules, by their paths in the source."""
+        same = all(entry.unchanged for entry in self.plan.entries if entry.target is not None)
+        return versions.KEY in self.file.metadata and self.format.versions and same
+
+    @property
     def _has_metadata(self) -> bool:
         return self.format.name in ("safetensors", sharded.NAME)
 
     def _metadata(self) -> dict[str, str]:
         if not self._has_metadata:
-            return {}
-        metadata = {name: text for name, text in self.file.metadata.items() if name != sidecar.KEY}
+            return {versions.KEY: self.file.metadata[versions.KEY]} if self.keeps_versions else {}
+        metadata = {name: text for name, text in self.file.metadata.items() if name not in (sidecar.KEY, versions.KEY)}
         if self.framework is not None:
             metadata.pop("format", None)
             mark = origins.mark_of(origins.dialect(self.framework).framework)

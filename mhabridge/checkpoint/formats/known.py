@@ -43,6 +43,7 @@ class Format:
         require_room: refuses what ``write`` refuses, and writes nothing; its arguments are those after the sink.
         holds: whether an entry that is no tensor can be written.
         ties: whether tensors that are one in the source are one in a file of this format.
+        versions: whether the versions of PyTorch's module classes have a place in it.
         empty: whether there are files of this format without anything in them.
     """
 
@@ -54,6 +55,7 @@ class Format:
     require_room: Callable[..., None]
     holds: Callable[[StoredObject], bool]
     ties: bool = False
+    versions: bool = False
     empty: bool = True
 
 
@@ -87,6 +89,7 @@ FORMATS = (
         torch_writer.require_room,
         emitting.holds,
         ties=True,
+        versions=True,
     ),
     Format("torch-legacy", (), torch_legacy.sniff, torch_legacy.read, None, torch_writer.require_room, emitting.holds),
     Format(

@@ -10,6 +10,7 @@ import dataclasses
 import shlex
 from collections.abc import Iterable, Sequence
 
+from mhabridge.checkpoint.pickled import versions
 from mhabridge.checkpoint.pickled.inert import Made, Node
 from mhabridge.checkpoint.pickled.objects import stored_object, survey
 from mhabridge.checkpoint.pickled.pickles import Loaded
@@ -24,7 +25,7 @@ USUAL_KEYS = ("state_dict", "model_state_dict", "model", "module", "params", "ne
 # Parts of keys under which the tensors are no parameters, as optimizers and Lightning's callbacks have them.
 _NOT_MODELS = ("optim", "sched", "scaler", "callback", "loops", "metric", "hparam", "hyper_param", "rng")
 MAX_ENTRIES = checking.MOST_TENSORS
-_VERSIONS = "The versions of module classes (PyTorch's _metadata) are not kept."
+_VERSIONS = "The versions of module classes (PyTorch's _metadata) of a part of the state dict are not kept."
 _LISTED = 4  # keys in a note
 _ONLY_TENSOR = "tensor"  # the name of a tensor that is the whole file
 
@@ -40,6 +41,7 @@ class Found:
         notes: what people should know.
         made: the first keys that are no texts, and of which names were made all the same.
         made_more: how many there are besides.
+        metadata: the versions of module classes, if the state dict has some; see ``versions``.
     """
 
     nested: tuple[str, ...] = ()
@@ -48,6 +50,7 @@ class Found:
     notes: list[str] = dataclasses.field(default_factory=list)
     made: list[str] = dataclasses.field(default_factory=list)
     made_more: int = 0
+    metadata: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def name(self, key: Node) -> str | None:
         """A key as part of a name; None of what no name can be made of. One that is no text is told in a note."""
@@ -121,8 +124,8 @@ def _object(interpreter: Interpreter, found: Found, node: Node, where: str, key:
 def _dict_entries(interpreter: Interpreter, found: Found, node: Node, where: str) -> list[tuple[Node, Node]] | None:
     """The entries of a dict; None if it is none. Attributes that were set on it become objects.
 
-    ``_metadata``, which PyTorch sets on every state dict, is left out: it holds the versions of module classes, which
-    no other format has and ``load_state_dict`` looks at for a few old ones only. A note says so.
+    ``_metadata``, which PyTorch sets on every state dict, is kept by itself: it holds the versions of module classes.
+    That of a dict inside the state dict, whose paths begin elsewhere, is left out, and a note says so.
     """
     pairs = interpreter.entries(node, where)
     if pairs is None:
@@ -131,8 +134,12 @@ def _dict_entries(interpreter: Interpreter, found: Found, node: Node, where: str
     if attributes is None:
         raise interpreter.fail(where, "a dict with a state that is none")
     for key, value in attributes:
-        if key == "_metadata":
-            interpreter.notes[_VERSIONS] = None
+        if key == versions.KEY:
+            text = versions.text_of(stored_object(interpreter, value, key).value)
+            if text is None or where != ".".join(found.nested):
+                interpreter.notes[_VERSIONS] = None
+            else:
+                found.metadata[versions.KEY] = text
         else:
             shown = key_text(key) or key_shown(key)
             found.objects.append(stored_object(interpreter, value, _joined(where, f"(attribute {shown})")))
