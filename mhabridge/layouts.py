@@ -450,10 +450,12 @@ def _unsettled(
         given=f"{packing.join(prefix, _vector(layout))} with {_vector_length(layout, own, prefix)} numbers "
         f"and {_said(known)}",
         expected="values that give this length, and leave one reading",
-        advice=f"In the layout {layout.name} it could be {listed}{more}. Say which; kdim=None means embed_dim.",
+        advice=f"In the layout {layout.name} it could be {listed}{more}. Say which; kdim=None means embed_dim. "
+        f"Of a file: spec=MHASpec(...), or --spec FILE with JSON such as {_JSON}.",
     )
 
 
+_JSON = '{"embed_dim": 512, "num_heads": 8, "kdim": 512, "vdim": 512, "bias": true}'
 _LISTED = 8
 _SAID = ("embed_dim", "kdim", "vdim", "bias", *_BIASES, *packing.SIZES)
 

@@ -12,7 +12,7 @@ import pytest
 from mhabridge import dtypes, layouts
 from mhabridge.checkpoint.conversion import ConversionReport, convert_checkpoint
 from mhabridge.checkpoint.fingerprints import fingerprint
-from mhabridge.checkpoint.formats import safetensors_file
+from mhabridge.checkpoint.formats import npz_writing, safetensors_file
 from mhabridge.checkpoint.formats.known import open_checkpoint
 from mhabridge.checkpoint.inspection import inspect_checkpoint
 from mhabridge.errors import ArgumentError, ArgumentTypeError, CheckpointError, UnsupportedError, WeightsError
@@ -466,3 +466,134 @@ def test_an_old_one_does_not_stay_beside_a_new_file(tmp_path: Path) -> None:
     assert convert_checkpoint(tmp_path / "plain.npz", tmp_path / "a.npz", to="torch", force=True).verified
     assert inspect_checkpoint(tmp_path / "a.npz").blocks == ()
     assert json.loads((tmp_path / "a.npz.mhabridge.json").read_text())["attention"] == {}
+
+
+def test_an_old_one_is_replaced_by_one_that_can_be_read_without_a_framework_too(tmp_path: Path) -> None:
+    for ending in (".npz", ".ckpt", ".pth", ".pkl"):
+        travelling(tmp_path, ending)
+        plain, target = tmp_path / "plain.npz", tmp_path / f"a{ending}"
+        np.savez(
+            plain, **{"attn.in_proj_weight": np.ones((12, 4), "f4"), "attn.out_proj.weight": np.ones((4, 4), "f4")}
+        )
+        assert convert_checkpoint(plain, target, force=True).verified
+        assert [block.layout for block in inspect_checkpoint(target).blocks] == ["torch"]
+        assert fingerprint(target) == fingerprint(plain)
+        assert convert_checkpoint(target, tmp_path / "b.safetensors", force=True).verified  # it travels on
+        assert convert_checkpoint(tmp_path / "b.safetensors", tmp_path / "c.npz", to="torch", force=True).verified
+
+
+# -- linear maps that lie the other way round --------------------------------------------------------------------------
+
+
+def gpt2_file(folder: Path, inner: int, ending: str = ".safetensors") -> tuple[Path, dict[str, np.ndarray]]:
+    """Two blocks of GPT-2: all their linear maps have (in, out) weights; beside them a head of the usual kind."""
+    rng, named = np.random.default_rng(0), {}
+    for n in range(2):
+        spec = MHASpec(8, 2)
+        named.update(MHAWeights.random(spec, seed=n).to_layout("gpt2", spec, prefix=f"h.{n}.attn"))
+        for path, shape in (("c_fc", (8, inner)), ("c_proj", (inner, 8))):
+            named[f"h.{n}.mlp.{path}.weight"] = rng.random(shape, "f4")
+            named[f"h.{n}.mlp.{path}.bias"] = rng.random(shape[1], "f4")
+    named["h.0.ln_1.weight"] = named["h.0.ln_1.bias"] = np.ones(8, "f4")
+    named["head.weight"], named["head.bias"] = rng.random((8, 8), "f4"), rng.random(8, "f4")
+    writer = safetensors_file if ending == ".safetensors" else npz_writing
+    return written(folder / f"a{ending}", writer, [outgoing(*pair) for pair in typed(named)]), named
+
+
+def typed(named: dict[str, np.ndarray]) -> list[tuple[str, str, np.ndarray]]:
+    return [(name, "float32", array) for name, array in named.items()]
+
+
+@pytest.mark.parametrize("inner", [8, 32])
+@pytest.mark.parametrize(("to", "ending"), TARGETS)
+def test_the_linear_maps_of_gpt2_are_turned_and_come_back(to: str, ending: str, inner: int, tmp_path: Path) -> None:
+    source, named = gpt2_file(tmp_path, inner)
+    target, back = tmp_path / f"b{ending}", tmp_path / "c.safetensors"
+    report = convert_checkpoint(source, target, to=to, num_heads=2)
+    assert report.verified
+    assert report.counts["linear: (in, out) -> (out, in)"] == 8
+    assert report.counts["linear"] == 2  # the head
+    with open_checkpoint(target) as file:
+        for path in ("h.0.mlp.c_fc", "h.1.mlp.c_proj"):
+            np.testing.assert_array_equal(file.read(f"{path}.weight"), named[f"{path}.weight"].T)
+            np.testing.assert_array_equal(file.read(f"{path}.bias"), named[f"{path}.bias"])
+        np.testing.assert_array_equal(file.read("head.weight"), named["head.weight"])
+    assert fingerprint(source) == fingerprint(target)
+    assert convert_checkpoint(target, back, to="torch", layout="gpt2").verified
+    with open_checkpoint(back) as file:
+        assert {name: file.read(name).tobytes() for name in file} == {n: one.tobytes() for n, one in named.items()}
+
+
+def test_the_linear_maps_of_gpt2_stay_where_its_layout_stays(tmp_path: Path) -> None:
+    source, _ = gpt2_file(tmp_path, 8)
+    report = convert_checkpoint(source, tmp_path / "b.pth", to="torch", layout="gpt2")
+    assert report.counts["linear: (in, out), as it is"] == 8
+    assert fingerprint(source) == fingerprint(tmp_path / "b.pth")
+    assert convert_checkpoint(source, tmp_path / "c.pth").counts == {"unchanged": 20}
+
+
+def test_what_is_said_of_them_counts(tmp_path: Path) -> None:
+    source, named = gpt2_file(tmp_path, 8)
+    report = convert_checkpoint(source, tmp_path / "b.pth", to="torch", kinds={"h.0.mlp.*": "unknown"}, num_heads=2)
+    assert report.counts["linear: (in, out) -> (out, in)"] == 4
+    with open_checkpoint(tmp_path / "b.pth") as file:
+        np.testing.assert_array_equal(file.read("h.0.mlp.c_fc.weight"), named["h.0.mlp.c_fc.weight"])
+    assert convert_checkpoint(tmp_path / "b.pth", tmp_path / "c.npz", to="mindspore").verified
+
+
+def test_a_linear_map_of_the_usual_kind_beside_gpt2s_attention(tmp_path: Path) -> None:
+    source, named = gpt2_file(tmp_path, 32)
+    turned_round = {name: one.T.copy() if "mlp" in name else one for name, one in named.items()}
+    written(source, safetensors_file, [outgoing(*pair) for pair in typed(turned_round)])
+    report = convert_checkpoint(source, tmp_path / "b.pth", to="torch")
+    assert report.counts["linear"] == 10  # nothing but the bias says so, and it does
+
+
+# -- what may be no plain attention, and what was not recognised -------------------------------------------------------
+
+
+def test_whisper_as_openai_spells_it(tmp_path: Path) -> None:
+    spec, source = MHASpec(8, 2, k_bias=False), tmp_path / "a.npz"
+    weights = MHAWeights.random(spec)
+    named = weights.to_layout("whisper-openai", spec, prefix="encoder.blocks.0.attn")
+    assert sorted(name.removeprefix("encoder.blocks.0.attn.") for name in named) == [
+        *("key.weight", "out.bias", "out.weight", "query.bias", "query.weight", "value.bias", "value.weight")
+    ]
+    np.savez(source, **named)
+    np.savez(tmp_path / "hf.npz", **weights.to_layout("whisper", spec, prefix="encoder.layers.0.self_attn"))
+    assert fingerprint(source) == fingerprint(tmp_path / "hf.npz")
+    report = convert_checkpoint(source, tmp_path / "b.pth", to="torch")
+    assert report.counts == {
+        "attention: whisper-openai -> torch": 3,
+        "attention: whisper-openai -> torch; zeros for k_bias, which it cannot be without": 1,
+    }
+    assert convert_checkpoint(tmp_path / "b.pth", tmp_path / "c.npz", to="torch", layout="whisper-openai").verified
+    assert fingerprint(tmp_path / "c.npz") == fingerprint(source)
+
+
+def test_attention_that_may_be_rotary_is_noted_unless_a_config_says_more(tmp_path: Path) -> None:
+    source, told = tmp_path / "a.npz", "transformer.h.0.attn: read as whisper; it has no biases, as GPT-J's"
+    spec = MHASpec(8, 2, bias=False)
+    named = MHAWeights.random(spec).to_layout("whisper", spec, prefix="transformer.h.0.attn")
+    np.savez(source, **{name: one for name, one in named.items() if name.endswith("weight")})
+    assert told in " ".join(convert_checkpoint(source, tmp_path / "b.npz", to="torch", num_heads=2).notes)
+    assert told in " ".join(inspect_checkpoint(source).notes)
+    assert "GPT-J" not in " ".join(inspect_checkpoint(tmp_path / "b.npz").notes)
+    (tmp_path / "config.json").write_text('{"model_type": "bart", "num_attention_heads": 2, "hidden_size": 8}')
+    assert "GPT-J" not in " ".join(inspect_checkpoint(source).notes)
+    (tmp_path / "config.json").write_text('{"model_type": "gptj", "n_head": 2, "n_embd": 8}')
+    with pytest.raises(UnsupportedError, match="rotary"):
+        convert_checkpoint(source, tmp_path / "c.npz", to="torch")
+
+
+def test_attention_that_is_not_recognised_is_noted(tmp_path: Path) -> None:
+    attention = "encoder.block.0.layer.0.SelfAttention"
+    named = {f"{attention}.{name}.weight": np.ones((8, 8), "f4") for name in "qkvo"}
+    named[f"{attention}.relative_attention_bias.weight"] = np.ones((32, 2), "f4")
+    named["encoder.block.0.layer.1.wi.weight"] = np.ones((16, 8), "f4")
+    np.savez(tmp_path / "t5.npz", **named)
+    note = f"{attention}: it looks like attention (q, k, v) in no layout that is known: each is taken for a layer"
+    assert note in " ".join(convert_checkpoint(tmp_path / "t5.npz", tmp_path / "b.npz", to="mindspore").notes)
+    assert note in " ".join(inspect_checkpoint(tmp_path / "t5.npz").notes)
+    report = convert_checkpoint(file_of(tmp_path, "hf-bert"), tmp_path / "c.npz", to="torch")
+    assert "looks like attention" not in " ".join(report.notes)

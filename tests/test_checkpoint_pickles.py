@@ -504,6 +504,71 @@ def test_a_single_tensor_and_a_list(path):
         assert list(file) == ["0", "1.b"]
 
 
+@pytest.mark.parametrize(
+    ("key", "shown"),
+    [
+        (("a", 1), r"\('a', 1\)"),
+        (("a",), r"\('a',\)"),
+        (b"w", "b'w'|1 bytes"),
+        (b"\xff\0", r"b'.*'|2 bytes"),
+        ("x" * 70_000, "a text of 70000 bytes"),
+        (frozenset("a"), "an object of (__builtin__|builtins).frozenset"),
+        ((1, 2, 3, 4, 5, 6), r"\(1, 2, 3, 4, \.\.\.\)"),
+    ],
+)
+@pytest.mark.parametrize("protocol", [0, 2, 4])
+def test_a_tensor_under_a_key_that_is_no_name_is_refused_with_the_key(path, key, shown, protocol):
+    for content in ({key: W, "w": W}, {"m": {key: W, "w": W}}, {"w": W, key: {"w": W}}):
+        with pytest.raises(CheckpointError, match=rf"given a tensor under the key ({shown}); expected a key that is"):
+            read(pickle.dumps(content, protocol), path)
+    with read(pickle.dumps({"w": W, key: 3, "n": None}, protocol), path) as file:
+        assert list(file) == ["w"]
+        listed, _ = file.objects
+        assert listed.value is None
+        assert listed.text == "3, under a key that is no name"
+        assert "(the key " in listed.name
+
+
+def test_two_of_such_keys_are_no_names_either(path):
+    with pytest.raises(CheckpointError, match=r"under the key \('a', 1\)"):
+        read(pickle.dumps({("a", 1): W, ("b", 1): W}), path)
+
+
+def test_names_that_are_made_of_keys_are_told(path):
+    for content, names, note in (
+        ({0: W, "w": W}, ["0", "w"], "0 (int)"),
+        ({"a": {1.5: W, None: W, True: W}}, ["1.5", "None", "True"], "1.5 (float), None (NoneType), True (bool)"),
+        ({"w": W, 7: "epoch"}, ["w"], "7 (int)"),
+        ([W, {"b": W}], ["0", "1.b"], "0 (int), 1 (int)"),
+        (dict.fromkeys(range(9), W), [str(n) for n in range(9)], "0 (int), 1 (int), 2 (int), 3 (int) and 5 more"),
+    ):
+        with read(pickle.dumps(content), path) as file:
+            assert list(file) == names
+            assert file.notes == (f"Names are texts; these are made of other keys: {note}.",)
+    with read(pickle.dumps({"model": {"w": W}, "optimizer": {"state": {0: {"m": W}}}}), path) as file:
+        assert not file.notes
+
+
+def test_no_entry_beside_the_chosen_part_is_lost(path):
+    with read(pickle.dumps({"1": {"w": W}, 1: {"v": W}, "n": 3}), path, nested=("1",)) as file:
+        assert list(file) == ["w"]
+        assert [entry.name for entry in file.objects] == ["1", "n"]
+
+
+def test_a_choice_is_told_as_the_command_line_takes_it(path):
+    for content, said in (
+        (
+            {"model": {"w": W}, "ema": {"w": W}},
+            r"nested=\('model',\) \(--nested model\), .* nested=\(\) \(--nested ''\)",
+        ),
+        ({"a": {"the net": {"w": W}, "x": {"w": W}}}, r"\(--nested a --nested 'the net'\), .*\(--nested a\)"),
+    ):
+        with pytest.raises(CheckpointError, match=said):
+            read(pickle.dumps(content), path)
+    with pytest.raises(CheckpointError, match=r"one of its keys: model.*on the command line --nested KEY"):
+        read(pickle.dumps({"model": {"w": W}}), path, nested=("x",))
+
+
 # ---- writing pickles
 
 

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from mhabridge.checkpoint.conversion import ConversionReport, convert_checkpoint
-from mhabridge.checkpoint.formats import safetensors_file
+from mhabridge.checkpoint.formats import npz_writing, safetensors_file
 from mhabridge.checkpoint.formats.known import open_checkpoint
 from mhabridge.checkpoint.inspection import inspect_checkpoint
 from mhabridge.checkpoint.planning import completeness, renaming
@@ -156,6 +156,13 @@ def test_names_are_changed_first(rename: Any, tmp_path: Path) -> None:
 def test_a_prefix_may_stay(tmp_path: Path) -> None:
     convert(source_of(tmp_path, "module."))
     assert names(tmp_path / "target.npz") == [f"module.{name}" for name in IN_MINDSPORE]
+
+
+def test_the_first_rule_that_fits_is_used_even_if_it_keeps_the_name(tmp_path: Path) -> None:
+    report = convert(source_of(tmp_path), to=None, rename=["norm.*=norm.*", "n*.weight=x.weight", "fc.*=y.*"])
+    assert {"norm.weight", "norm.bias", "y.weight"} <= targets(report).keys()
+    with pytest.raises(ArgumentError, match=r"rename: given 'nothing\.\*=nothing\.\*', which no name fits"):
+        convert(source_of(tmp_path), to=None, rename=["nothing.*=nothing.*"])
 
 
 def test_two_tensors_of_one_name_are_an_error(tmp_path: Path) -> None:
@@ -418,6 +425,35 @@ def test_options_of_the_wrong_kind(options: dict[str, Any], tmp_path: Path) -> N
         convert_checkpoint(source_of(tmp_path), None)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        ({"workers": "a"}, ArgumentTypeError),
+        ({"workers": True}, ArgumentTypeError),
+        ({"workers": 0}, ArgumentError),
+        ({"workers": -1}, ArgumentError),
+        ({"shard_size": "5"}, ArgumentTypeError),
+        ({"shard_size": -1}, ArgumentError),
+        ({"shard_size": 0}, ArgumentError),
+        ({"progress": 5}, ArgumentTypeError),
+        ({"nested": 5}, ArgumentTypeError),
+        ({"nested": ("model", 5)}, ArgumentTypeError),
+        ({"names_of": {"a": 5}}, ArgumentTypeError),
+        ({"names_of": {"a": (-1,)}}, ArgumentTypeError),
+        ({"names_of": {5: (1,)}}, ArgumentTypeError),
+    ],
+)
+def test_values_that_cannot_be(options: dict[str, Any], error: type[Exception], tmp_path: Path) -> None:
+    (name,) = options
+    for target in ("b.npz", "b.safetensors.index.json"):
+        with pytest.raises(error, match=f"^{name}: given "):
+            convert_checkpoint(source_of(tmp_path), tmp_path / target, **options)
+    assert [file.name for file in tmp_path.iterdir()] == ["source.npz"]
+    if name == "nested":
+        with pytest.raises(ArgumentTypeError, match=r"^nested: given "):
+            inspect_checkpoint(tmp_path / "source.npz", **options)
+
+
 def test_nothing_is_lost_by_writing_over_the_source(tmp_path: Path) -> None:
     file = torch_file(tmp_path, {"state_dict": state(), "epoch": 3, "optimizer": {"state": {0: np.ones(2)}}})
     before = file.read_bytes()
@@ -581,3 +617,78 @@ def test_bfloat16_keeps_its_bits_in_every_container(tmp_path: Path) -> None:
         assert convert_checkpoint(at, target, to="torch").verified
         at = target
         assert bits(at) == {"x": ("bfloat16", (4,), words.tobytes())}
+
+
+# -- whose names a file has --------------------------------------------------------------------------------------------
+
+
+def plain_file(folder: Path, content: dict[str, np.ndarray], ending: str = ".safetensors") -> Path:
+    """A file without a mark: nothing but names tells whose it is."""
+    writer = safetensors_file if ending == ".safetensors" else npz_writing
+    return written(folder / f"a{ending}", writer, [outgoing(name, "float32", one) for name, one in content.items()])
+
+
+def vision_transformer() -> dict[str, np.ndarray]:
+    """Some of a timm vision transformer, with the gamma of its LayerScale, and a convolution with a flat kernel."""
+    found = {"patch_embed.proj.weight": np.ones((4, 3, 2, 2)), "patch_embed.proj.bias": np.ones(4)}
+    for path in ("blocks.0.norm1", "blocks.0.norm2", "norm"):
+        found.update({f"{path}.weight": np.ones(4), f"{path}.bias": np.zeros(4)})
+    return {**found, "blocks.0.ls1.gamma": np.ones(4), "flat.weight": np.ones((4, 3, 1, 3))}
+
+
+@pytest.mark.parametrize("ending", [".safetensors", ".npz"])
+def test_one_gamma_does_not_make_a_file_mindspores(ending: str, tmp_path: Path) -> None:
+    source = plain_file(tmp_path, vision_transformer(), ending)
+    for to in ("torch", "megengine"):
+        report = convert_checkpoint(source, tmp_path / f"{to}.npz", to=to)
+        assert "blocks.0.ls1.gamma" in targets(report)
+        assert sum(count for rule, count in report.counts.items() if rule.startswith("conv2d")) == 3
+        assert f"a{ending}: not read as MindSpore's although blocks.0.ls1.gamma is there: 3 layers have" in "".join(
+            report.notes
+        )
+    said = convert_checkpoint(source, tmp_path / "said.npz", to="torch", source="torch", dry_run=True)
+    assert [entry.target for entry in said.entries] == [entry.target for entry in report_of(source).entries]
+    assert not any("read as" in note for note in said.notes)
+
+
+def report_of(source: Path, to: str = "torch") -> ConversionReport:
+    return convert_checkpoint(source, source.with_name("unwritten.npz"), to=to, dry_run=True)
+
+
+@pytest.mark.parametrize(
+    ("content", "own"),
+    [
+        ({"n.gamma": 4, "n.beta": 4}, True),
+        ({"n.gamma": 4, "n.beta": 4, "m.gamma": 4, "m.beta": 4, "mint.weight": 4, "mint.bias": 4}, True),
+        ({"n.gamma": 4, "n.beta": 4, "a.weight": 4, "a.bias": 4, "b.weight": 4, "b.bias": 4}, False),
+        ({"n.gamma": 4}, True),  # MindSpore's norms may be without a beta
+        ({"n.gamma": 4, "a.weight": 4, "a.bias": 4}, False),
+        ({"bn.moving_mean": 4, "bn.moving_variance": 4, "a.weight": 4, "a.bias": 4, "n.gamma": 4}, True),
+    ],
+)
+def test_names_are_weighed(content: dict[str, int], own: bool, tmp_path: Path) -> None:
+    source = plain_file(tmp_path, {name: np.ones(size) for name, size in content.items()})
+    report = report_of(source)
+    assert ("n.weight" in targets(report)) == own or "n.gamma" not in content
+    assert ("bn.running_mean" in targets(report)) == ("bn.moving_mean" in content)
+    assert any("a.safetensors: read as MindSpore's: " in note for note in report.notes) == own
+    assert any("not read as MindSpore's" in note for note in report.notes) != own
+
+
+def test_a_packed_vector_is_megengines(tmp_path: Path) -> None:
+    source = plain_file(tmp_path, {"attn.io_weight_bias": np.ones((1, 80))})
+    report = convert_checkpoint(source, tmp_path / "b.npz", to="torch", spec=SPEC, dry_run=True)
+    assert "read as MegEngine's: only its layers have io_weight_bias" in "".join(report.notes)
+    assert not any("read as" in note for note in report_of(source_of(tmp_path)).notes)
+
+
+@pytest.mark.parametrize(
+    ("to", "ending", "said"), [("torch", ".ckpt", "MindSpore's"), ("megengine", ".pth", "PyTorch's")]
+)
+def test_names_in_another_frameworks_format_are_noted(to: str, ending: str, said: str, tmp_path: Path) -> None:
+    source = source_of(tmp_path)
+    report = convert_checkpoint(source, tmp_path / f"b{ending}", to=to)
+    assert f"is {said} own format" in " ".join(report.notes)
+    for other, goal in ((None, ending), (to, ".npz"), (to, ".safetensors")):
+        report = convert_checkpoint(source, tmp_path / f"c{goal}", to=other, force=True)
+        assert "own format" not in " ".join(report.notes)

@@ -17,7 +17,7 @@ import pytest
 
 from mhabridge.checkpoint import conversion, publishing
 from mhabridge.checkpoint.conversion import ConversionReport, convert_checkpoint
-from mhabridge.checkpoint.formats import safetensors_file, sharded
+from mhabridge.checkpoint.formats import safetensors_file, sharded, torch_writer
 from mhabridge.checkpoint.formats.known import open_checkpoint
 from mhabridge.checkpoint.storage import checking, views
 from mhabridge.checkpoint.storage.packed import Deflated
@@ -26,6 +26,7 @@ from mhabridge.checkpoint.storage.writing import Outgoing, Sink, passed_through
 from mhabridge.errors import CheckpointError
 from mhabridge.spec import MHASpec
 from mhabridge.weights import MHAWeights
+from tests.checkpoint_files import written
 
 SPEC = MHASpec(16, 2, k_bias=False)
 ENDINGS = [".safetensors", ".safetensors.index.json", ".pth", ".ckpt", ".pkl", ".npz"]
@@ -202,6 +203,90 @@ def test_shards_can_be_converted_onto_themselves(tmp_path: Path) -> None:
     target = tmp_path / "a.safetensors.index.json"
     convert(source_of(tmp_path), target)
     assert convert(target, target).verified
+
+
+def shards_in(folder: Path) -> tuple[Path, Path, Path]:
+    """An index and its two shards, of which the first holds a part of the tensors only."""
+    np.savez(
+        folder / "all.npz", **{f"fc{n}.{part}": np.full(40, n, "f4") for n in (1, 2) for part in ("weight", "bias")}
+    )
+    index = folder / "a.safetensors.index.json"
+    convert_checkpoint(folder / "all.npz", index, shard_size=320)
+    first, second = sorted(folder.glob("a-*"))
+    return index, first, second
+
+
+@pytest.mark.parametrize("drop", [(), ("*bias",)])
+@pytest.mark.parametrize(("source", "target"), [(0, 1), (0, 2), (1, 0), (2, 0)])
+def test_no_part_of_the_source_is_written_over_or_removed(
+    source: int, target: int, drop: tuple[str, ...], tmp_path: Path
+) -> None:
+    files = shards_in(tmp_path)
+    before = bytes_in(tmp_path)
+    for dry_run in (True, False):
+        with pytest.raises(CheckpointError, match=r"a-0000\d-of-00002.safetensors.*, which the source is read from"):
+            convert_checkpoint(files[source], files[target], drop=drop, force=True, dry_run=dry_run)
+    assert bytes_in(tmp_path) == before
+
+
+def test_shards_lose_nothing_by_being_converted_onto_themselves(tmp_path: Path) -> None:
+    index, *_ = shards_in(tmp_path)
+    before = bytes_in(tmp_path)
+    with pytest.raises(CheckpointError, match=r"the source itself, without fc\d.bias"):
+        convert_checkpoint(index, index, drop="*bias", force=True)
+    assert bytes_in(tmp_path) == before
+    assert convert_checkpoint(index, index, force=True).verified
+
+
+# -- a dry run refuses what the conversion refuses ---------------------------------------------------------------------
+
+FLOAT8 = Outgoing("w", "float8_e4m3fn", (4,), lambda sink: sink.write(bytes(4)))
+REFUSED: dict[str, tuple[list[Outgoing], list[StoredObject], str]] = {
+    "empty": ([views.zeros("w", "float32", (0, 3)), views.zeros("v", "float32", (1,))], [], ".ckpt"),
+    "float8 to npz": ([FLOAT8], [], ".npz"),
+    "float8 to pkl": ([FLOAT8], [], ".pkl"),
+    "complex": ([views.zeros("w", "complex128", (2,))], [], ".safetensors"),
+    "complex, sharded": ([views.zeros("w", "complex128", (2,))], [], ".safetensors.index.json"),
+    "a long text": ([views.zeros("w", "float32", (2,))], [StoredObject("log", "long", "x" * 70_000)], ".pth"),
+    "a taken name": ([views.zeros("__metadata__", "float32", (2,))], [], ".safetensors"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_dry_run_refuses_what_has_no_place_in_the_format(case: str, tmp_path: Path) -> None:
+    tensors, objects, ending = REFUSED[case]
+    pickled = "complex" in case or "taken" in case
+    source = tmp_path / ("a.pth" if pickled else "a.safetensors")
+    written(source, torch_writer if pickled else safetensors_file, tensors, objects)
+    told = []
+    for dry_run in (True, False):
+        with pytest.raises(CheckpointError) as caught:
+            convert_checkpoint(source, tmp_path / f"b{ending}", dry_run=dry_run)
+        told.append(str(caught.value))
+    assert told[0] == told[1]
+    assert list(tmp_path.iterdir()) == [source]
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_a_dry_run_refuses_a_target_that_is_there(ending: str, tmp_path: Path) -> None:
+    source, target = source_of(tmp_path), tmp_path / f"a{ending}"
+    assert convert_checkpoint(source, target, to="megengine", num_heads=2, dry_run=True).ok
+    convert(source, target)
+    before = bytes_in(tmp_path)
+    with pytest.raises(CheckpointError, match="--force"):
+        convert_checkpoint(source, target, to="megengine", num_heads=2, dry_run=True, shard_size=1000)
+    assert convert_checkpoint(source, target, to="megengine", num_heads=2, dry_run=True, force=True).ok
+    assert bytes_in(tmp_path) == before
+    with pytest.raises(CheckpointError, match="a folder that does not exist"):
+        convert_checkpoint(source, tmp_path / "none" / f"a{ending}", dry_run=True)
+    (tmp_path / f"folder{ending}").mkdir()
+    with pytest.raises(CheckpointError, match="given a folder"):
+        convert_checkpoint(source, tmp_path / f"folder{ending}", dry_run=True, force=True)
+
+
+def test_a_dry_run_refuses_a_ckpt_without_anything(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="nothing to write"):
+        convert_checkpoint(source_of(tmp_path), tmp_path / "empty.ckpt", drop=["*"], dry_run=True)
 
 
 @pytest.mark.parametrize("name", ["a", "a.txt", "a.json", "a.tar"])

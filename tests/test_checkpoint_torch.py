@@ -16,8 +16,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mhabridge.checkpoint.conversion import convert_checkpoint
-from mhabridge.checkpoint.formats import torch_legacy, torch_zip, zip_writer, zips
+from mhabridge.checkpoint.formats import torch_legacy, torch_writer, torch_zip, zip_writer, zips
 from mhabridge.checkpoint.formats.known import open_checkpoint
+from mhabridge.checkpoint.inspection import inspect_checkpoint
 from mhabridge.checkpoint.pickled import emitting
 from mhabridge.checkpoint.storage.stored import StoredObject
 from mhabridge.checkpoint.storage.writing import Outgoing, Sink, passed_through
@@ -347,12 +348,14 @@ def test_views_that_are_not_stored_as_they_are_read_can_be_left_out(torch, tmp_p
     views = {
         r"conjugates or negates.*resolve_conj\(\)": torch.tensor([1 + 2j]).conj(),
         r"conjugates or negates.*resolve_neg\(\)": torch.tensor([1 + 2j]).conj().imag,
-        "expanded view.*contiguous": torch.ones(1).expand(10),
+        "expanded view.*contiguous": torch.ones(1).expand(5 << 20),
     }
     for what, view in views.items():
         torch.save({"w": torch.ones(1), "odd": view}, source)
         with read(source) as file:
             assert file.read("w") == 1
+            assert noted(source).startswith("odd: a")
+            assert what.partition(".*")[0] in noted(source)
             with pytest.raises(CheckpointError, match=rf"file\.pt: odd: given .*{what}"):
                 file.read("odd")
             with pytest.raises(CheckpointError, match="odd"):
@@ -364,14 +367,89 @@ def test_views_that_are_not_stored_as_they_are_read_can_be_left_out(torch, tmp_p
         target.unlink()
 
 
+def noted(path) -> str:
+    return "\n".join(inspect_checkpoint(path).notes)
+
+
 @pytest.mark.frameworks
-def test_the_versions_of_modules_are_spoken_of(torch, tmp_path):
-    torch.save(torch.nn.BatchNorm1d(2).state_dict(), tmp_path / "file.pt")
+@pytest.mark.parametrize("ending", [".pth", ".safetensors", ".ckpt", ".pkl", ".npz"])
+def test_small_expanded_views_are_written_out(torch, tmp_path, ending):
+    rows = torch.arange(3.0)
+    state = {
+        "rows": rows.expand(5, 3),
+        "columns": rows.reshape(3, 1).expand(3, 4),
+        "one": torch.tensor(7.0).expand(2, 3, 4),
+        "windows": torch.arange(6.0).unfold(0, 4, 1).t(),
+        "proj.weight": rows.expand(2, 3),
+        "proj.bias": torch.ones(1).expand(2),
+    }
+    torch.save(state, tmp_path / "file.pt")
+    for to in (None, "torch"):
+        assert convert_checkpoint(tmp_path / "file.pt", tmp_path / f"a{ending}", to=to, force=True).verified
+        with open_checkpoint(tmp_path / f"a{ending}") as file:
+            for name, value in state.items():
+                np.testing.assert_array_equal(file.read(name), value.numpy())
+    assert "expanded" not in noted(tmp_path / "file.pt")
+
+
+@pytest.mark.frameworks
+def test_only_some_expanded_views_are_read(torch, tmp_path):
+    rows = torch.arange(3.0)
+    state = {f"w{n}": rows.expand(1 << 20, 3) for n in range(3)}  # 12 MiB each
+    torch.save(state, tmp_path / "file.pt")
+    assert "w1, w2: an expanded view" in noted(tmp_path / "file.pt")
     with read(tmp_path / "file.pt") as file:
-        assert [note for note in file.notes if "_metadata" in note and "not kept" in note]
-    torch.save({"w": torch.ones(1)}, tmp_path / "file.pt")
-    with read(tmp_path / "file.pt") as file:
+        assert file.read("w0").shape == (1 << 20, 3)
+        with pytest.raises(CheckpointError, match="w1: given an expanded view"):
+            file.read("w1")
+
+
+@pytest.mark.frameworks
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("zipped", [False, True])
+def test_the_versions_of_modules_are_kept_where_nothing_is_renamed(torch, tmp_path, nested, zipped):
+    state = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.BatchNorm1d(2)).state_dict()
+    source, target = tmp_path / "a.pth", tmp_path / "b.pth"
+    torch.save({"model": state, "epoch": 3} if nested else state, source, _use_new_zipfile_serialization=zipped)
+    for to, goal in ((None, target), ("torch", target), (None, source)):
+        report = convert_checkpoint(source, goal, to=to, force=True)
+        assert report.verified
+        assert not any("_metadata" in note for note in report.notes)
+        found = torch.load(goal, weights_only=True)
+        found = found["model"] if nested else found
+        assert found._metadata == state._metadata
+        assert found.keys() == state.keys()
+    with read(source) as file:
         assert not file.notes
+
+
+@pytest.mark.frameworks
+def test_versions_of_modules_that_are_lost_are_told_and_never_in_place(torch, tmp_path):
+    source = tmp_path / "a.pth"
+    torch.save(torch.nn.BatchNorm1d(2).state_dict(), source)
+    before = source.read_bytes()
+    for name, options in (("b.npz", {}), ("b.pth", {"rename": "*=m.*"}), ("c.pth", {"to": "mindspore"}), ("b.pkl", {})):
+        report = convert_checkpoint(source, tmp_path / name, **options)
+        assert "The versions of module classes (PyTorch's _metadata) are not kept." in report.notes
+        if name.endswith(".pth"):
+            assert not hasattr(torch.load(tmp_path / name, weights_only=True), "_metadata")
+            with pytest.raises(CheckpointError, match=r"the source itself, without .*_metadata"):
+                convert_checkpoint(source, source, force=True, **options)
+    assert source.read_bytes() == before
+    torch.save({"a": torch.nn.BatchNorm1d(2).state_dict(), "b": torch.nn.BatchNorm1d(2).state_dict()}, source)
+    with read(source, ()) as file:
+        assert [note for note in file.notes if "_metadata) of a part" in note]
+    torch.save({"w": torch.ones(1)}, source)
+    assert not convert_checkpoint(source, tmp_path / "d.npz").notes
+
+
+@pytest.mark.frameworks
+def test_other_versions_are_noticed(torch, tmp_path, monkeypatch):
+    torch.save(torch.nn.BatchNorm1d(2).state_dict(), tmp_path / "a.pth")
+    monkeypatch.setattr(torch_writer.versions, "attribute", lambda text: b"")
+    report = convert_checkpoint(tmp_path / "a.pth", tmp_path / "b.pth")
+    assert not report.ok
+    assert "other versions of module classes" in report.notes[-1]
 
 
 @pytest.mark.frameworks
@@ -533,8 +611,8 @@ def rebuilt(start=0, shape=(4,), strides=(1,), numel=16, kind=("torch", "FloatSt
 WRONG = {
     "beyond its storage": rebuilt(start=13),
     "strides beyond it": rebuilt(shape=(2, 2), strides=(100, 1)),
-    "expanded": rebuilt(shape=(1000, 1000), strides=(0, 0)),
-    "overlapping and larger": rebuilt(shape=(14, 3), strides=(1, 1)),
+    "expanded": rebuilt(shape=(3000, 3000), strides=(0, 0)),
+    "overlapping and larger": rebuilt(shape=(3, 2, 3000, 3000), strides=(1, 1, 0, 0)),
     "negative": rebuilt(start=-1),
     "negative strides": rebuilt(strides=(-1,)),
     "negative shape": rebuilt(shape=(-4,)),

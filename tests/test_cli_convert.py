@@ -513,6 +513,54 @@ def test_names_cannot_command_a_terminal(mhabridge: Callable[..., Done]) -> None
 # -- fingerprints ------------------------------------------------------------------------------------------------------
 
 
+def test_an_error_names_the_file_and_the_way_out(mhabridge: Callable[..., Done], folder: Path) -> None:
+    np.savez("a.npz", **{"attn.io_weight_bias": np.ones((1, 80), "f4")})
+    Path("spec.json").write_text('{"embed_dim": 4, "num_heads": 2, "kdim": 4, "vdim": 4, "bias": true}')
+    done = mhabridge("fingerprint", "model.npz", "a.npz")
+    assert done.code == 2
+    assert done.out.startswith("model.npz: ")
+    assert done.err.startswith("mhabridge: a.npz: ")
+    assert "--spec FILE" in done.err
+    assert '{"embed_dim": 512, "num_heads": 8, "kdim": 512, "vdim": 512, "bias": true}' in " ".join(done.err.split())
+    assert mhabridge("fingerprint", "a.npz", "--spec", "spec.json").code == 0
+
+
+def test_what_is_no_file_is_not_waited_for(mhabridge: Callable[..., Done], folder: Path) -> None:
+    os.mkfifo("pipe")
+    Path("large").write_bytes(b"#" * (17 << 20))
+    for name, said in (("pipe", "no regular file"), ("/dev/zero", "no regular file"), ("large", "more than")):
+        for option in ("--spec", "--rules"):
+            done = mhabridge("convert", "model.npz", "b.pkl", "--to", "megengine", option, name)
+            assert done.code == 2
+            assert done.err.startswith(f"mhabridge: {name}: given {said}")
+    Path("bytes").write_bytes(b"\xff")
+    assert "no text in UTF-8" in mhabridge("inspect", "model.npz", "--spec", "bytes").err
+
+
+def test_a_key_that_is_there_twice_is_refused(mhabridge: Callable[..., Done]) -> None:
+    Path("spec.json").write_text('{"embed_dim": 8, "num_heads": 2, "num_heads": 4}')
+    done = mhabridge("inspect", "model.npz", "--spec", "spec.json")
+    assert (done.code, "two entries are named 'num_heads'" in done.err) == (2, True)
+    Path("config.json").write_text('{"hidden_size": 8, "num_attention_heads": 2, "num_attention_heads": 4}')
+    done = mhabridge("convert", "model.npz", "b.npz", "--to", "mindspore")
+    assert (done.code, "two entries are named 'num_attention_heads'" in done.err) == (2, True)
+
+
+def test_a_function_that_ends_the_program_makes_no_model(mhabridge: Callable[..., Done], folder: Path) -> None:
+    done = mhabridge("convert", "model.npz", "b.npz", "--to", "torch", "--names-of", "sys:exit")
+    assert (done.code, "sys:exit, which raised SystemExit" in done.err) == (2, True)
+    assert not (folder / "b.npz").exists()
+
+
+def test_a_shard_size_for_one_file_is_refused(mhabridge: Callable[..., Done], folder: Path) -> None:
+    for target in (["b.safetensors"], [".", "--format", "npz"]):
+        done = mhabridge("convert", "model.npz", *target, "--shard-size", "1GB")
+        assert done.code == 2
+        assert "--shard-size: given 1GB, and " in done.err
+    assert mhabridge("convert", "model.npz", "b.safetensors.index.json", "--shard-size", "1KB").code == 0
+    assert len(list(folder.glob("b-*"))) > 1
+
+
 def test_fingerprints_tell_files_apart(mhabridge: Callable[..., Done]) -> None:
     other = model()
     other["head.weight"] = other["head.weight"].copy()

@@ -12,14 +12,16 @@ from typing import Any
 
 from mhabridge.checkpoint.formats import known, sharded
 from mhabridge.checkpoint.formats.known import Format, open_checkpoint
+from mhabridge.checkpoint.planning import origins, renaming
 from mhabridge.checkpoint.planning import plan as planning
-from mhabridge.checkpoint.planning import renaming
 from mhabridge.checkpoint.planning.plan import Entry, Options, Plan
 from mhabridge.checkpoint.publishing import Job, Progress
+from mhabridge.checkpoint.storage import checking
 from mhabridge.checkpoint.storage.parallel import usual_count
 from mhabridge.checkpoint.storage.stored import StoredFile, StoredObject
-from mhabridge.errors import ArgumentTypeError, CheckpointError
+from mhabridge.errors import ArgumentError, ArgumentTypeError, CheckpointError
 
+_VERSIONS = "The versions of module classes (PyTorch's _metadata) are not kept."
 _SHARD = 5 << 30  # bytes: what Hugging Face's libraries write
 
 
@@ -109,7 +111,7 @@ def convert_checkpoint(
         drop: patterns of what to leave out: tensors, and entries that are none.
         allow_missing: patterns of names in ``names_of``, which must be given, that may stay without a value.
         force: replace an existing target.
-        dry_run: make the plan and write nothing.
+        dry_run: make the plan and write nothing. What would be refused is refused, so that a plan can be carried out.
         verify: read the result back and compare it with the source bit for bit before it takes its name; the source's
             own checksums are looked at too.
         progress: called with the bytes done and the bytes in all (each counts twice when it is also verified), from any
@@ -148,6 +150,10 @@ def convert_checkpoint(
     """
     if not isinstance(dst, (str, os.PathLike)):
         raise ArgumentTypeError("dst", given=f"{dst!r:.80}", expected="a path: a string or a pathlib.Path")
+    _require_count("shard_size", shard_size)
+    _require_count("workers", 1 if workers is None else workers)
+    if progress is not None and not callable(progress):
+        raise ArgumentTypeError("progress", given=f"{progress!r:.80}", expected="a function, or None")
     target, workers = Path(dst), usual_count() if workers is None else workers
     format = _format_of(target)
     options = Options(to, layout, source, spec, num_heads, rename, drop, allow_missing, kinds or {}, _names(names_of))
@@ -155,11 +161,13 @@ def convert_checkpoint(
         notes = planning.require_inert_allowed(file, ignore_objects, options.drop)
         plan = planning.make(file, options)
         kept, left_out = _sorted_objects(file, format, options.drop)
-        report = _report(file, format, plan, kept, [*left_out, *notes])
-        _require_nothing_lost(report, target)
-        if dry_run:
-            return report
+        report = _report(file, format, plan, kept, [*left_out, *notes], origins.notes_on_format(to, format.name))
         job = Job(file, target, format, plan, kept, to, force, verify, progress, shard_size, sync, workers)
+        report = dataclasses.replace(report, notes=(*report.notes, *[_VERSIONS][: job.loses_versions]))
+        _require_nothing_lost(report, job)
+        if dry_run:
+            job.require_possible()
+            return report
         wrong = job.run()
     if wrong is not None:
         return dataclasses.replace(report, verified=False, notes=(*report.notes, f"Not written: {wrong}."))
@@ -171,7 +179,12 @@ def convert_checkpoint(
 
 
 def _report(
-    file: StoredFile, format: Format, plan: Plan, kept: Sequence[StoredObject], left_out: Sequence[str]
+    file: StoredFile,
+    format: Format,
+    plan: Plan,
+    kept: Sequence[StoredObject],
+    left_out: Sequence[str],
+    notes: Sequence[str],
 ) -> ConversionReport:
     """What a plan would do."""
     return ConversionReport(
@@ -182,26 +195,40 @@ def _report(
         plan.entries,
         tuple(entry.name for entry in kept),
         tuple(left_out),
-        (*file.notes, *plan.notes, *_torn(plan, format)),
+        (*file.notes, *plan.notes, *notes, *_torn(plan, format)),
         None,
         sum(one.nbytes for one in plan.outgoing),
     )
 
 
-def _require_nothing_lost(report: ConversionReport, target: Path) -> None:
-    """Refuse to write over the source itself what is not all of it: the rest would be gone.
+def _require_nothing_lost(report: ConversionReport, job: Job) -> None:
+    """Refuse to write over the source itself what is not all of it, and over a part of it, such as one of its shards.
 
     Raises:
-        CheckpointError: it would be.
+        CheckpointError: something would be gone, or a checkpoint in several files would no longer be whole.
     """
     lost = [*(name for entry in report.entries if entry.target is None for name in entry.sources), *report.left_out]
-    if lost and target.exists() and target.samefile(report.source):
+    lost += ["the versions of module classes (_metadata)"][: job.loses_versions]
+    read = {_identity(file) for file in job.file.paths}
+    hit = [file.name for file in job.touched() if _identity(file) in read - {None}]
+    whole = _identity(job.target) == _identity(job.file.path)
+    if hit and (lost or not whole):
+        what = f"the source itself, without {_few(lost)}" if whole else f"{_few(hit)}, which the source is read from"
         raise CheckpointError(
-            str(target),
-            given=f"the source itself, without {_few(lost)}",
+            str(job.target),
+            given=what,
             expected="another file",
-            advice="What is left out would be lost: write to another name.",
+            advice="What is left out would be lost: write to another name." if lost else "Write to another name.",
         )
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    """What tells a file from all others, whatever it is called; None when there is none."""
+    try:
+        found = path.stat()
+    except (OSError, ValueError):  # ValueError: NUL in the name
+        return None
+    return found.st_dev, found.st_ino
 
 
 def _format_of(target: Path) -> Format:
@@ -251,8 +278,22 @@ def _few(names: Sequence[str]) -> str:
     return ", ".join([*names[:8], *["..."][: len(names) > 8]])
 
 
+def _require_count(name: str, given: Any) -> None:
+    if not isinstance(given, int) or isinstance(given, bool):
+        raise ArgumentTypeError(name, given=f"{given!r:.80}", expected="a whole number from 1 on")
+    if given < 1:
+        raise ArgumentError(name, given=str(given), expected="a whole number from 1 on")
+
+
 def _names(given: Any) -> Mapping[str, tuple[int, ...]] | None:
-    if given is None or isinstance(given, Mapping):
-        return given
+    if given is None:
+        return None
+    if isinstance(given, Mapping):
+        for name, shape in given.items():
+            if not isinstance(name, str) or not isinstance(shape, (tuple, list)) or not checking.is_shape(shape):
+                raise ArgumentTypeError(
+                    "names_of", given=f"{name!r:.80} with {shape!r:.80}", expected="shapes (tuples of lengths) by name"
+                )
+        return {name: tuple(shape) for name, shape in given.items()}
     with open_checkpoint(given) as file:
         return {name: tensor.shape for name, tensor in file.items()}

@@ -12,11 +12,11 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any
 
 from mhabridge.checkpoint.formats.known import open_checkpoint
-from mhabridge.checkpoint.planning import kinds, modules, sidecar
+from mhabridge.checkpoint.planning import kinds, modules, sidecar, turned
 from mhabridge.checkpoint.planning.drafts import by_module
 from mhabridge.checkpoint.planning.layers import Block, find_blocks
 from mhabridge.checkpoint.planning.origins import source_dialects
@@ -88,7 +88,8 @@ def fingerprint(
         hashes = [_block(file, block) for block in blocks]
         taken = {name for block in blocks for name in block.names}
         others = [name for name in file if name not in taken]
-        attention, rest = _together(hashes), _others(file, others, specs)
+        lying = turned.paths((block.prefix, block.layout) for block in blocks)
+        attention, rest = _together(hashes), _others(file, others, specs, lying)
         return Fingerprint(attention.hex(), _together([*hashes, *rest]).hex(), len(blocks), len(file))
 
 
@@ -99,11 +100,15 @@ def _block(file: StoredFile, block: Block) -> bytes:
     return _together(_tensor(file, block.views[part], part.encode(), block.views[part].shape) for part in counted)
 
 
-def _others(file: StoredFile, names: Iterable[str], specs: sidecar.Specs) -> Iterator[bytes]:
-    """The hashes of the tensors that are no attention."""
+def _others(file: StoredFile, names: Iterable[str], specs: sidecar.Specs, lying: Collection[str]) -> Iterator[bytes]:
+    """The hashes of the tensors that are no attention; linear maps that lie the other way round count as all others."""
     dialects = source_dialects(file, specs)
     for path, leaves in by_module(names).items():
         own = {leaf: file[name].shape for leaf, name in leaves.items()}
+        if path in lying and specs.kinds.get(path) is None and turned.reading(own, turned=True):
+            weight, bias = turned.unturned(file[leaves["weight"]]), file[leaves["bias"]]
+            yield from (_tensor(file, one, b"", tuple(n for n in one.shape if n != 1)) for one in (weight, bias))
+            continue
         shapes = {**own, **_without_groups(path, modules.readings(own, dialects), specs.kinds.get(path))}
         for leaf, name in leaves.items():
             if leaf not in _NOT_COUNTED:

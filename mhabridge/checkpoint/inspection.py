@@ -10,9 +10,11 @@ from typing import Any
 
 from mhabridge.checkpoint.formats.known import open_checkpoint
 from mhabridge.checkpoint.planning import sidecar
-from mhabridge.checkpoint.planning.layers import Block, find_blocks
+from mhabridge.checkpoint.planning.layers import Block, find_blocks, incomplete
 from mhabridge.checkpoint.storage.stored import StoredFile
 from mhabridge.errors import MHABridgeError
+
+_LISTED = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,7 +98,7 @@ def inspect_checkpoint(
             {entry.name: entry.text for entry in file.objects},
             file.nested,
             file.metadata,
-            (*file.notes, *notes),
+            (*file.notes, *_unreadable(file), *notes),
         )
 
 
@@ -106,7 +108,19 @@ def _blocks(file: StoredFile, spec: Any, num_heads: int | None) -> tuple[tuple[B
         blocks = find_blocks(file, dict(file), sidecar.known(file, spec), num_heads)
     except MHABridgeError as error:
         return (), (f"attention layers: {error}",)
-    return tuple(blocks), tuple(dict.fromkeys(note for block in blocks for note in block.notes))
+    taken = {name for block in blocks for name in block.names}
+    left = incomplete(name for name in file if name not in taken)
+    return tuple(blocks), tuple(dict.fromkeys([*(note for block in blocks for note in block.notes), *left]))
+
+
+def _unreadable(file: StoredFile) -> list[str]:
+    """Notes on tensors whose numbers cannot be read; those of one reason together."""
+    by_reason: dict[str, list[str]] = {}
+    for name, tensor in file.items():
+        if tensor.unreadable is not None:
+            by_reason.setdefault(tensor.unreadable[0], []).append(name)
+    more = {reason: f" and {len(names) - _LISTED} more" * (len(names) > _LISTED) for reason, names in by_reason.items()}
+    return [f"{', '.join(names[:_LISTED])}{more[reason]}: {reason}." for reason, names in by_reason.items()]
 
 
 def _tensors(file: StoredFile) -> tuple[TensorInfo, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import os
 import re
 import threading
@@ -12,13 +13,14 @@ from pathlib import Path
 
 from mhabridge.checkpoint.formats import sharded
 from mhabridge.checkpoint.formats.known import Format, open_checkpoint
+from mhabridge.checkpoint.pickled import versions
 from mhabridge.checkpoint.planning import origins, sidecar, verifying
 from mhabridge.checkpoint.planning.plan import Plan
 from mhabridge.checkpoint.storage import atomic
 from mhabridge.checkpoint.storage.checksums import SumError
 from mhabridge.checkpoint.storage.parallel import Workers
 from mhabridge.checkpoint.storage.stored import StoredFile, StoredObject
-from mhabridge.checkpoint.storage.writing import Sink
+from mhabridge.checkpoint.storage.writing import Outgoing, Sink
 from mhabridge.errors import CheckpointError
 
 Progress = Callable[[int, int], None]
@@ -81,14 +83,42 @@ class Job:
             return str(wrong)
         return None
 
+    def require_possible(self) -> None:
+        """Refuse what ``run`` refuses before it writes: it writes nothing, so it is all that a dry run can tell.
+
+        Raises:
+            CheckpointError: the format has no place for something, or the target may not be written.
+        """
+        self._require_any()
+        atomic.require_replaceable(self._written, self.force)
+        if self.format.name == sharded.NAME:
+            sharded.require_room(self.target, self._groups, self.objects, self._metadata())
+        else:
+            self.format.require_room(self.plan.outgoing, self.objects, self._metadata(), self.file.nested)
+
+    def touched(self) -> list[Path]:
+        """The files that ``run`` makes, replaces or removes; the target is among them."""
+        gone = sharded.given_up(self.target, len(self._groups)) if self.format.name == sharded.NAME else []
+        return [*self._written, *gone]
+
+    @property
+    def _written(self) -> list[Path]:
+        if self.format.name == sharded.NAME:
+            return sharded.written(self.target, len(self._groups))
+        return [*self._beside()[0], self.target]
+
+    @functools.cached_property
+    def _groups(self) -> list[list[Outgoing]]:
+        return sharded.by_size(self.plan.outgoing, self.shard_size)
+
     def _run_single(self) -> None:
         assert self.format.write is not None
-        beside, specs = self._beside()
-        with atomic.replacing_all([*beside, self.target], self.force, self.sync) as descriptors:
+        _, specs = self._beside()
+        with atomic.replacing_all(self._written, self.force, self.sync) as descriptors:
             with Workers(self.workers) as workers:
                 sink = Sink(descriptors[-1], self._advance, workers)
                 self.format.write(sink, self.plan.outgoing, self.objects, self._metadata(), self.file.nested)
-            if beside:
+            if len(descriptors) > 1:
                 Sink(descriptors[0]).write(specs.encode())
             self._require_right(descriptors[-1:])
 
@@ -102,10 +132,9 @@ class Job:
         return [path] if needed else [], self.plan.specs or sidecar.Specs(framework=self.framework).dumped()
 
     def _run_sharded(self) -> None:
-        groups = sharded.by_size(self.plan.outgoing, self.shard_size)
         self.removed = sharded.write(
             self.target,
-            groups,
+            self._groups,
             self.objects,
             self._metadata(),
             self.force,
@@ -137,6 +166,8 @@ class Job:
             except CheckpointError as error:
                 said = re.sub(r"/proc/self/fd/\d+", lambda found: str(self.target), str(error))
                 raise _Wrong(f"it cannot be read back: {said}") from error
+            if self.keeps_versions and written[0].metadata != self._metadata():
+                wrong = wrong or "other versions of module classes"
         if wrong is not None:
             raise _Wrong(wrong)
 
@@ -152,13 +183,24 @@ class Job:
         )
 
     @property
+    def loses_versions(self) -> bool:
+        """Whether the source has versions of module classes, which the target does not get."""
+        return versions.KEY in self.file.metadata and not self.keeps_versions
+
+    @property
+    def keeps_versions(self) -> bool:
+        """Whether the target gets them: they speak of PyTorch's modules, by their paths in the source."""
+        same = all(entry.unchanged for entry in self.plan.entries if entry.target is not None)
+        return versions.KEY in self.file.metadata and self.format.versions and same
+
+    @property
     def _has_metadata(self) -> bool:
         return self.format.name in ("safetensors", sharded.NAME)
 
     def _metadata(self) -> dict[str, str]:
         if not self._has_metadata:
-            return {}
-        metadata = {name: text for name, text in self.file.metadata.items() if name != sidecar.KEY}
+            return {versions.KEY: self.file.metadata[versions.KEY]} if self.keeps_versions else {}
+        metadata = {name: text for name, text in self.file.metadata.items() if name not in (sidecar.KEY, versions.KEY)}
         if self.framework is not None:
             metadata.pop("format", None)
             mark = origins.mark_of(origins.dialect(self.framework).framework)

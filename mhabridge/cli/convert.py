@@ -51,7 +51,7 @@ _AT_ONCE = 2  # files
 @click.option("--names-of", metavar="FILE|MODULE:FUNCTION", help="A checkpoint or model that must be filled exactly.")
 @click.option("--nested", multiple=True, metavar="KEY", help="Where the state dict lies; '' for the top. Repeatable.")
 @click.option("--ignore-objects", is_flag=True, help="Leave out, and list, what would take code to make.")
-@click.option("--shard-size", default="5GB", show_default=True, help="Of one file, when OUT is *.index.json.")
+@click.option("--shard-size", metavar="SIZE", help="Of one file, when OUT is *.index.json.  [default: 5GB]")
 @click.option("--verbose", is_flag=True, help="Show every tensor, not only groups of alike ones.")
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
 @click.option("--quiet", is_flag=True, help="Print nothing but errors.")
@@ -65,7 +65,7 @@ def command(**options: Any) -> None:
     Exit code 0: done; 1: a tensor would be lost, or the result was wrong; 2: it could not be done.
     """
     pairs = _pairs(options["sources"], options["target"], options["ending"])
-    arguments = _arguments(options)
+    arguments = {**_arguments(options), **_sharding(options["shard_size"], pairs)}
     quiet = options["quiet"] or options["as_json"]
     with progress.bars(not quiet) as bars:
         outcomes = list(_outcomes(pairs, arguments, bars))
@@ -134,11 +134,28 @@ def _arguments(options: dict[str, Any]) -> dict[str, Any]:
         "names_of": rules.names_of(options["names_of"]) if options["names_of"] else None,
         "nested": [key for key in options["nested"] if key] if options["nested"] else None,
         "ignore_objects": options["ignore_objects"],
-        "shard_size": rules.size_of(options["shard_size"]),
         "force": options["force"],
         "dry_run": options["dry_run"],
         "verify": not options["no_verify"],
     }
+
+
+def _sharding(size: str | None, pairs: list[tuple[str, pathlib.Path]]) -> dict[str, int]:
+    """The size of one file, where the target has several."""
+    from mhabridge.checkpoint.formats import known, sharded
+
+    if size is None:
+        return {}
+    found = {"shard_size": rules.size_of(size)}
+    for _, target in pairs:
+        format = known.by_name(target)
+        if format is not None and format.name != sharded.NAME:
+            raise ArgumentError(
+                "--shard-size",
+                given=f"{size}, and {target.name}, which is one file",
+                expected=f"it for an index, NAME.safetensors{sharded.ENDING}, only",
+            )
+    return found
 
 
 def _outcomes(

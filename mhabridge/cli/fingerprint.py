@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from mhabridge.cli.main import about
+
 if TYPE_CHECKING:
     from mhabridge.checkpoint.fingerprints import Fingerprint
 
@@ -40,7 +42,8 @@ def command(
     keys = [key for key in nested if key] if nested else None
     found = {}
     for file in files:
-        found[file] = fingerprint(file, spec, num_heads, keys)
+        with about(file):
+            found[file] = fingerprint(file, spec, num_heads, keys)
         if not as_json:
             click.echo(_line(file, found[file]))
     if as_json:

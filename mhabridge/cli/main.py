@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 import traceback
+from collections.abc import Iterator
 
 try:
     import click
@@ -23,7 +24,7 @@ except ImportError:  # pragma: no cover - proved by a test in a clean environmen
 
 from mhabridge import __version__
 from mhabridge.cli.lazy import LazyGroup
-from mhabridge.errors import BackendError, MHABridgeError
+from mhabridge.errors import BackendError, MHABridgeError, from_dict
 
 TRACEBACK = "MHABRIDGE_TRACEBACK"
 _LINES = "\n\t"  # a worker's own words may have several
@@ -103,6 +104,24 @@ def explain(error: BaseException, code: int = 2) -> int:
             keep = _LINES if isinstance(error, BackendError) else ""
             click.echo(f"mhabridge: {printable(_message(error), keep=keep)}", err=True)
     return code
+
+
+@contextlib.contextmanager
+def about(file: str) -> Iterator[None]:
+    """Have errors name the file that they are about, where there are several.
+
+    Example:
+        >>> with about("b.pkl"):
+        ...     raise BackendError("a worker", given="nothing")
+        Traceback (most recent call last):
+        mhabridge.errors.BackendError: b.pkl: a worker: given nothing
+    """
+    try:
+        yield
+    except MHABridgeError as error:
+        if file in str(error):
+            raise
+        raise from_dict({**error.to_dict(), "subject": f"{file}: {error.subject}"}) from error
 
 
 def _message(error: BaseException) -> str:

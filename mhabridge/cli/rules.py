@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import json
 import os
 import pathlib
 import re
@@ -17,6 +16,7 @@ if TYPE_CHECKING:
     from mhabridge.spec import MHASpec
 
 _KEYS = ("rename", "drop", "allow_missing", "kinds", "num_heads", "spec")
+_LARGEST = 16 << 20  # bytes of a file with rules or specs
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
@@ -56,12 +56,15 @@ def read_spec(path: str) -> Any:
     Raises:
         ArgumentError: the file cannot be read, or holds something else.
     """
+    from mhabridge.checkpoint.formats.safetensors_header import unique
+    from mhabridge.checkpoint.storage import checking
+
+    expected = "a spec as JSON, as MHASpec.to_json gives it"
+    text = _text(path, expected)
     try:
-        content = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ArgumentError(
-            path, given=f"{type(error).__name__}: {error}", expected="a spec as JSON, as MHASpec.to_json gives it"
-        ) from error
+        content = checking.json_of(text, object_pairs_hook=unique)
+    except ValueError as error:
+        raise ArgumentError(path, given=f"no JSON: {error}", expected=expected) from error
     return _spec_from(content, path)
 
 
@@ -85,12 +88,34 @@ def _parsed(path: str) -> dict[str, Any]:
         import tomllib
     else:
         import tomli as tomllib
+    text = _text(path, "a TOML file with rules")
     try:
-        return dict(tomllib.loads(pathlib.Path(path).read_text(encoding="utf-8")))
-    except (OSError, ValueError, RecursionError) as error:
+        return dict(tomllib.loads(text))
+    except (ValueError, RecursionError) as error:
         raise ArgumentError(
             path, given=f"{type(error).__name__}: {error}", expected="a TOML file with rules"
         ) from error
+
+
+def _text(path: str, expected: str) -> str:
+    """What a small file says; nothing else is waited for or read without end (a pipe, a device).
+
+    Raises:
+        ArgumentError: it is none.
+    """
+    from mhabridge.checkpoint.storage import checking
+
+    try:
+        with checking.opened(pathlib.Path(path)) as descriptor:
+            found = os.pread(descriptor, _LARGEST + 1, 0)
+        if len(found) <= _LARGEST:
+            return found.decode("utf-8")
+        given = f"more than {_LARGEST} bytes"
+    except MHABridgeError as error:
+        given = error.given
+    except ValueError as error:
+        given = f"no text in UTF-8: {error}"
+    raise ArgumentError(path, given=given, expected=expected)
 
 
 def kinds_of(texts: Iterable[str]) -> dict[str, str]:
@@ -148,7 +173,7 @@ def names_of(text: str) -> str | Mapping[str, tuple[int, ...]]:
         for name in attribute.split("."):
             made = getattr(made, name)
         model = made()
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # a function that ends the program made no model
         raise ArgumentError(
             "--names-of",
             given=f"{text}, which raised {type(error).__name__}: {error}",

@@ -6,6 +6,7 @@ import dataclasses
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from mhabridge.checkpoint.formats import (
     megengine,
@@ -39,8 +40,10 @@ class Format:
         read: opens a file: ``read(path, nested, verify)``.
         write: writes one: ``write(sink, tensors, objects, metadata, nested)``; None when the format is only read, or
             is no single file.
+        require_room: refuses what ``write`` refuses, and writes nothing; its arguments are those after the sink.
         holds: whether an entry that is no tensor can be written.
         ties: whether tensors that are one in the source are one in a file of this format.
+        versions: whether the versions of PyTorch's module classes have a place in it.
         empty: whether there are files of this format without anything in them.
     """
 
@@ -49,8 +52,10 @@ class Format:
     sniff: Callable[[bytes], bool]
     read: Callable[[Path, Sequence[str] | None, bool], StoredFile]
     write: Callable[..., None] | None
+    require_room: Callable[..., None]
     holds: Callable[[StoredObject], bool]
     ties: bool = False
+    versions: bool = False
     empty: bool = True
 
 
@@ -71,30 +76,51 @@ FORMATS = (
         safetensors_file.sniff,
         safetensors_file.read,
         safetensors_file.write,
+        safetensors_file.require_room,
         safetensors_file.holds,
     ),
-    Format(npz.NAME, (".npz",), npz.sniff, npz.read, npz_writing.write, npz_writing.holds),
+    Format(npz.NAME, (".npz",), npz.sniff, npz.read, npz_writing.write, npz_writing.require_room, npz_writing.holds),
     Format(
         "torch",
         (".pt", ".pth", ".bin", ".pth.tar"),
         torch_zip.sniff,
         torch_zip.read,
         torch_writer.write,
+        torch_writer.require_room,
         emitting.holds,
         ties=True,
+        versions=True,
     ),
-    Format("torch-legacy", (), torch_legacy.sniff, torch_legacy.read, None, emitting.holds),
+    Format("torch-legacy", (), torch_legacy.sniff, torch_legacy.read, None, torch_writer.require_room, emitting.holds),
     Format(
         mindspore_ckpt.NAME,
         (".ckpt",),
         mindspore_ckpt.sniff,
         mindspore_ckpt.read,
         mindspore_writing.write,
+        mindspore_writing.require_room,
         mindspore_writing.holds,
         empty=False,
     ),
-    Format("megengine", (".pkl", ".mge"), megengine.sniff, megengine.read, megengine.write, emitting.holds, ties=True),
-    Format(sharded.NAME, (sharded.ENDING,), sharded.sniff, _read_shards, None, safetensors_file.holds),
+    Format(
+        "megengine",
+        (".pkl", ".mge"),
+        megengine.sniff,
+        megengine.read,
+        megengine.write,
+        megengine.require_room,
+        emitting.holds,
+        ties=True,
+    ),
+    Format(
+        sharded.NAME,
+        (sharded.ENDING,),
+        sharded.sniff,
+        _read_shards,
+        None,
+        safetensors_file.require_room,
+        safetensors_file.holds,
+    ),
 )
 
 
@@ -121,13 +147,12 @@ def open_checkpoint(
         verify: also compare the checksums that the file has, which reads all of it.
 
     Raises:
-        ArgumentTypeError: that is no path.
+        ArgumentTypeError: that is no path, or these are no keys.
         CheckpointError: the file is missing, damaged, of an unknown format, or asks for something that we refuse to do.
     """
     if not isinstance(path, (str, os.PathLike)):
         raise ArgumentTypeError("path", given=f"{path!r:.80}", expected="a path: a string or a pathlib.Path")
-    path = Path(path)
-    nested = (nested,) if isinstance(nested, str) else nested
+    path, nested = Path(path), _keys(nested)
     named, found = by_name(path), _by_content(path)
     chosen = found[0] if found else named
     if chosen is None:
@@ -141,6 +166,18 @@ def open_checkpoint(
     if named not in (None, chosen) and chosen.endings:
         file.notes = (*file.notes, f"{path.name} is a {chosen.name} file by its content, whatever its name says.")
     return file
+
+
+def _keys(nested: Any) -> tuple[str, ...] | None:
+    """The keys under which a state dict lies; a text is one of them."""
+    if nested is None:
+        return None
+    keys = (nested,) if isinstance(nested, str) else tuple(nested) if isinstance(nested, Sequence) else (nested,)
+    if not all(isinstance(key, str) for key in keys):
+        raise ArgumentTypeError(
+            "nested", given=f"{nested!r:.80}", expected="a key, or a tuple of keys; () is the top of the file"
+        )
+    return keys
 
 
 def _by_content(path: Path) -> list[Format]:

@@ -85,8 +85,7 @@ def write(
     Raises:
         CheckpointError: a name occurs twice, an object is not plain data, or NumPy and MegEngine have no such dtype.
     """
-    before, after = emitting.wrapped(tensors, objects, nested)
-    heads = [_head(tensor) for tensor in tensors]
+    before, heads, after = _planned(tensors, objects, nested)
     uses = Counter(map(_identity, tensors))
     sink.reserve(_written(tensors))
     sink.write(emitting.start(_PROTOCOL) + before)
@@ -104,6 +103,26 @@ def write(
             memo[same] = len(memo)
             sink.write(emitting.remember(memo[same]))
     sink.write(after + emitting.STOP)
+
+
+def require_room(
+    tensors: Sequence[Outgoing],
+    objects: Sequence[StoredObject] = (),
+    metadata: Mapping[str, str] | None = None,
+    nested: Sequence[str] = (),
+) -> None:
+    """Refuse what ``write`` refuses, before the first byte is written; the arguments are the same."""
+    _planned(tensors, objects, nested)
+
+
+def _planned(
+    tensors: Sequence[Outgoing], objects: Sequence[StoredObject], nested: Sequence[str]
+) -> tuple[bytes, list[bytes], bytes]:
+    """What comes before the tensors, each one's own beginning, and what comes after them."""
+    before, after = emitting.wrapped(tensors, objects, nested)
+    for tensor in tensors:
+        emitting.value(tensor.name)  # refuses a name that is too long
+    return before, [_head(tensor) for tensor in tensors], after
 
 
 def _written(tensors: Sequence[Outgoing]) -> int:

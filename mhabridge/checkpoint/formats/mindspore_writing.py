@@ -49,7 +49,7 @@ def write(
     Raises:
         CheckpointError: there is an empty tensor, or a name, dtype or object that has no place in this format.
     """
-    _require_room(tensors, objects, keep_empty)
+    require_room(tensors, objects, keep_empty=keep_empty)
     sink.reserve(sum(tensor.nbytes for tensor in tensors))
     for tensor in tensors:
         _write(sink, tensor, slice_size)
@@ -113,8 +113,14 @@ class _Slices(Sink):
         self._sink.write(_head(self._tensor, self._room))
 
 
-def _require_room(tensors: Sequence[Outgoing], objects: Sequence[StoredObject], keep_empty: bool) -> None:
-    """Everything has its place in the format, before the first byte is written."""
+def require_room(
+    tensors: Sequence[Outgoing],
+    objects: Sequence[StoredObject] = (),
+    metadata: Mapping[str, str] | None = None,
+    nested: Sequence[str] = (),
+    keep_empty: bool = False,
+) -> None:
+    """Refuse what ``write`` refuses, before the first byte is written; the arguments are the same."""
     for tensor in tensors:
         if tensor.dtype not in _CODES:
             raise CheckpointError(

@@ -43,7 +43,7 @@ def write(
     Raises:
         CheckpointError: a name, dtype or object has no place in this format.
     """
-    _require_room(tensors, objects)
+    require_room(tensors, objects)
     sink.reserve(sum(tensor.nbytes for tensor in tensors))
     archive = ZipWriter(sink)
     for tensor in tensors:
@@ -82,8 +82,13 @@ def _kind(tensor: Outgoing) -> np.dtype[Any]:
     return dtypes.BFLOAT16_WORDS if tensor.dtype == "bfloat16" else np.dtype(tensor.dtype)
 
 
-def _require_room(tensors: Sequence[Outgoing], objects: Sequence[StoredObject]) -> None:
-    """Everything has its place in the format, before the first byte is written."""
+def require_room(
+    tensors: Sequence[Outgoing],
+    objects: Sequence[StoredObject] = (),
+    metadata: Mapping[str, str] | None = None,
+    nested: Sequence[str] = (),
+) -> None:
+    """Refuse what ``write`` refuses, before the first byte is written; the arguments are the same."""
     for tensor in tensors:
         if tensor.dtype in NOT_IN_NUMPY:
             raise CheckpointError(

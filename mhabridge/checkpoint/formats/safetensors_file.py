@@ -90,15 +90,32 @@ def write(
     Raises:
         CheckpointError: a name occurs twice, or a dtype or an object has no place in this format.
     """
-    kept = {name: text for name, text in (metadata or {}).items() if name not in mindspore_metadata.OF_THE_BYTES}
-    if objects:
-        kept[OBJECTS] = _json(objects)
-    ordered = safetensors_header.in_order(tensors)
-    header = safetensors_header.text_of(ordered, kept)
+    ordered, header = _planned(tensors, objects, metadata)
     sink.reserve(8 + len(header) + sum(tensor.nbytes for tensor in ordered))
     sink.write(struct.pack("<Q", len(header)) + header)
     for tensor in ordered:
         sink.later(tensor.nbytes, tensor.write_to)
+
+
+def require_room(
+    tensors: Sequence[Outgoing],
+    objects: Sequence[StoredObject] = (),
+    metadata: Mapping[str, str] | None = None,
+    nested: Sequence[str] = (),
+) -> None:
+    """Refuse what ``write`` refuses, before the first byte is written; the arguments are the same."""
+    _planned(tensors, objects, metadata)
+
+
+def _planned(
+    tensors: Sequence[Outgoing], objects: Sequence[StoredObject], metadata: Mapping[str, str] | None
+) -> tuple[list[Outgoing], bytes]:
+    """The tensors in the order in which they are written, and the header for them."""
+    kept = {name: text for name, text in (metadata or {}).items() if name not in mindspore_metadata.OF_THE_BYTES}
+    if objects:
+        kept[OBJECTS] = _json(objects)
+    ordered = safetensors_header.in_order(tensors)
+    return ordered, safetensors_header.text_of(ordered, kept)
 
 
 def _json(objects: Sequence[StoredObject]) -> str:

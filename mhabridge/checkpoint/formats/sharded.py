@@ -100,13 +100,9 @@ def write(
             the index gets too long.
     """
     index = Path(path)
-    if not index.name.endswith(ENDING):
-        raise CheckpointError(str(index), given="the name of an index", expected=f"one that ends in {ENDING}")
-    checking.require_names([tensor.name for shard in shards for tensor in shard])
-    names = _file_names(index, len(shards))
-    text = _index_text(names, shards)
-    targets = [*(index.with_name(name) for name in names), index]
-    old = _old_files(index) if force else []
+    text = _planned(index, shards)
+    targets = written(index, len(shards))
+    old = given_up(index, len(shards)) if force else []
     with atomic.replacing_all(targets, force, sync) as descriptors:
         count = usual_count() if workers is None else workers
         # The kernel lets one thread at a time write to a file: where there are enough, each has files of its own.
@@ -128,7 +124,48 @@ def write(
         Sink(descriptors[-1]).write(text)
         if check is not None:
             check(descriptors)
-    return _removed(index, [name for name in old if name not in names])
+    return _removed(old)
+
+
+def require_room(
+    path: str | os.PathLike[str],
+    shards: Sequence[Sequence[Outgoing]],
+    objects: Sequence[StoredObject] = (),
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Refuse what ``write`` refuses, before the first byte is written; the arguments are the same."""
+    _planned(Path(path), shards)
+    for number, shard in enumerate(shards):
+        safetensors_file.require_room(shard, objects if number == 0 else (), metadata)
+
+
+def written(index: Path, count: int) -> list[Path]:
+    """The files that are written for so many shards, the index last.
+
+    Example:
+        >>> [path.name for path in written(Path("a.safetensors.index.json"), 1)]
+        ['a-00001-of-00001.safetensors', 'a.safetensors.index.json']
+    """
+    return [*(index.with_name(name) for name in _file_names(index, count)), index]
+
+
+def given_up(index: Path, count: int) -> list[Path]:
+    """The files of the index that is there now, which one of so many shards does not name: they are removed with it."""
+    names = _file_names(index, count)
+    files = [index.with_name(name) for name in _old_files(index) if name not in names]
+    return [file for file in files if file.is_file() and not file.is_symlink()]
+
+
+def _planned(index: Path, shards: Sequence[Sequence[Outgoing]]) -> bytes:
+    """The text of the index.
+
+    Raises:
+        CheckpointError: it is called otherwise, a tensor is in two shards, or the text gets too long.
+    """
+    if not index.name.endswith(ENDING):
+        raise CheckpointError(str(index), given="the name of an index", expected=f"one that ends in {ENDING}")
+    checking.require_names([tensor.name for shard in shards for tensor in shard])
+    return _index_text(_file_names(index, len(shards)), shards)
 
 
 def by_size(tensors: Sequence[Outgoing], limit: int) -> list[list[Outgoing]]:
@@ -281,13 +318,11 @@ def _old_files(index: Path) -> list[str]:
     return sorted(name for name in listed if ours.fullmatch(name))
 
 
-def _removed(index: Path, names: Sequence[str]) -> list[str]:
-    """Remove regular files beside the index; which were there."""
-    files = [index.with_name(name) for name in names]
-    found = [file for file in files if file.is_file() and not file.is_symlink()]
-    for file in found:
+def _removed(files: Sequence[Path]) -> list[str]:
+    """Remove files; their names."""
+    for file in files:
         file.unlink(missing_ok=True)
-    return [file.name for file in found]
+    return [file.name for file in files]
 
 
 def _index_text(names: Sequence[str], shards: Sequence[Sequence[Outgoing]]) -> bytes:

@@ -59,7 +59,14 @@ def read(path: str | os.PathLike[str], nested: Sequence[str] | None = None, veri
         interpreter = Interpreter(path, descriptor, spill, lambda node: _find(storages, node))
         found = nesting.find(interpreter, loaded, nested)
         return StoredFile(
-            path, NAME, found.tensors, tuple(found.objects), {}, found.nested, spill.files, tuple(found.notes)
+            path,
+            NAME,
+            found.tensors,
+            tuple(found.objects),
+            found.metadata,
+            found.nested,
+            spill.files,
+            tuple(found.notes),
         )
 
 

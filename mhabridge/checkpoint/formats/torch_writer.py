@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 from mhabridge.checkpoint.formats.zip_writer import ALIGNMENT, ZipWriter
-from mhabridge.checkpoint.pickled import emitting
+from mhabridge.checkpoint.pickled import emitting, versions
 from mhabridge.checkpoint.pickled.torch_tensors import STORAGES
 from mhabridge.checkpoint.storage.stored import StoredObject
 from mhabridge.checkpoint.storage.writing import Outgoing, Sink
@@ -35,18 +35,17 @@ def write(
         sink: where to.
         tensors: what; those that are tied share one storage.
         objects: entries that are no tensors.
-        metadata: this format has no room for it; accepted since every format's writer takes it.
+        metadata: of it the versions of module classes are kept, as ``_metadata`` of the state dict.
         nested: the keys under which to put the state dict.
 
     Raises:
         CheckpointError: a name occurs twice, or an object is not plain data.
     """
-    before, after = emitting.wrapped(tensors, objects, nested)
     keys, owners = _storages(tensors)
-    entries = [emitting.value(tensor.name) + _tensor(tensor, key) for tensor, key in zip(tensors, keys, strict=True)]
+    pickled = _pickled(tensors, keys, objects, metadata, nested)
     sink.reserve(sum(owner.nbytes for owner in owners))
     archive = ZipWriter(sink)
-    archive.add(f"{FOLDER}/data.pkl", b"".join([emitting.start(2), before, *entries, after, emitting.STOP]))
+    archive.add(f"{FOLDER}/data.pkl", pickled)
     archive.add(f"{FOLDER}/.format_version", b"1")
     archive.add(f"{FOLDER}/.storage_alignment", str(ALIGNMENT).encode())
     archive.add(f"{FOLDER}/byteorder", b"little")
@@ -54,6 +53,30 @@ def write(
         archive.add_emitted(f"{FOLDER}/data/{key}", owner.nbytes, owner.write_to)
     archive.add(f"{FOLDER}/version", b"3\n")
     archive.finish()
+
+
+def require_room(
+    tensors: Sequence[Outgoing],
+    objects: Sequence[StoredObject] = (),
+    metadata: Mapping[str, str] | None = None,
+    nested: Sequence[str] = (),
+) -> None:
+    """Refuse what ``write`` refuses, before the first byte is written; the arguments are the same."""
+    _pickled(tensors, _storages(tensors)[0], objects, metadata, nested)
+
+
+def _pickled(
+    tensors: Sequence[Outgoing],
+    keys: Sequence[int],
+    objects: Sequence[StoredObject],
+    metadata: Mapping[str, str] | None,
+    nested: Sequence[str],
+) -> bytes:
+    """The pickle of a checkpoint whose tensors have these storages."""
+    attribute = versions.attribute((metadata or {}).get(versions.KEY))
+    before, after = emitting.wrapped(tensors, objects, nested, attribute)
+    entries = [emitting.value(tensor.name) + _tensor(tensor, key) for tensor, key in zip(tensors, keys, strict=True)]
+    return b"".join([emitting.start(2), before, *entries, after, emitting.STOP])
 
 
 def _storages(tensors: Sequence[Outgoing]) -> tuple[list[int], list[Outgoing]]:

@@ -77,7 +77,9 @@ def read(path: str | os.PathLike[str], nested: Sequence[str] | None = None, veri
         interpreter = Interpreter(path, descriptor, spill, records.storage)
         found = nesting.find(interpreter, loaded, nested)
         tensors = [records.finished(tensor) for tensor in found.tensors]
-        return StoredFile(path, NAME, tensors, tuple(found.objects), {}, found.nested, spill.files, tuple(found.notes))
+        return StoredFile(
+            path, NAME, tensors, tuple(found.objects), found.metadata, found.nested, spill.files, tuple(found.notes)
+        )
 
 
 class _Records:

@@ -139,14 +139,22 @@ def _twice(name: str) -> CheckpointError:
     return CheckpointError(name, given="two entries of this name", expected="one", advice="One would be lost.")
 
 
-def wrapped(tensors: Sequence[Outgoing], objects: Sequence[StoredObject], nested: Sequence[str]) -> tuple[bytes, bytes]:
+def wrapped(
+    tensors: Sequence[Outgoing], objects: Sequence[StoredObject], nested: Sequence[str], attribute: bytes = b""
+) -> tuple[bytes, bytes]:
     """What comes before and after the names and tensors of a state dict, with everything that lies beside it.
+
+    Args:
+        tensors: of the state dict.
+        objects: the plain entries.
+        nested: the keys under which the state dict lies.
+        attribute: operations that set something on the state dict itself.
 
     Raises:
         CheckpointError: an entry is not plain data, or a name occurs twice.
     """
     *outer, inner = levels(tensors, objects, nested)
-    before, after = [], [SET_ITEMS]
+    before, after = [], [SET_ITEMS + attribute]
     for key, plain in zip(nested, outer, strict=True):
         before += [b"}(", _entries(plain), value(key)]
         after.append(SET_ITEMS)

@@ -7,12 +7,14 @@ arguments and an optimizer; and some save the whole module. The part is chosen o
 from __future__ import annotations
 
 import dataclasses
+import shlex
 from collections.abc import Iterable, Sequence
 
+from mhabridge.checkpoint.pickled import versions
 from mhabridge.checkpoint.pickled.inert import Made, Node
 from mhabridge.checkpoint.pickled.objects import stored_object, survey
 from mhabridge.checkpoint.pickled.pickles import Loaded
-from mhabridge.checkpoint.pickled.values import KNOWN, MAX_DEPTH, Interpreter, is_dict, key_text
+from mhabridge.checkpoint.pickled.values import KNOWN, MAX_DEPTH, Interpreter, is_dict, key_shown, key_text
 from mhabridge.checkpoint.pickled.whole_modules import class_of, is_module, module_entries
 from mhabridge.checkpoint.storage import checking
 from mhabridge.checkpoint.storage.stored import StoredObject, StoredTensor
@@ -23,7 +25,8 @@ USUAL_KEYS = ("state_dict", "model_state_dict", "model", "module", "params", "ne
 # Parts of keys under which the tensors are no parameters, as optimizers and Lightning's callbacks have them.
 _NOT_MODELS = ("optim", "sched", "scaler", "callback", "loops", "metric", "hparam", "hyper_param", "rng")
 MAX_ENTRIES = checking.MOST_TENSORS
-_VERSIONS = "The versions of module classes (PyTorch's _metadata) are not kept."
+_VERSIONS = "The versions of module classes (PyTorch's _metadata) of a part of the state dict are not kept."
+_LISTED = 4  # keys in a note
 _ONLY_TENSOR = "tensor"  # the name of a tensor that is the whole file
 
 
@@ -36,12 +39,28 @@ class Found:
         tensors: of the state dict.
         objects: everything else.
         notes: what people should know.
+        made: the first keys that are no texts, and of which names were made all the same.
+        made_more: how many there are besides.
+        metadata: the versions of module classes, if the state dict has some; see ``versions``.
     """
 
     nested: tuple[str, ...] = ()
     tensors: list[StoredTensor] = dataclasses.field(default_factory=list)
     objects: list[StoredObject] = dataclasses.field(default_factory=list)
     notes: list[str] = dataclasses.field(default_factory=list)
+    made: list[str] = dataclasses.field(default_factory=list)
+    made_more: int = 0
+    metadata: dict[str, str] = dataclasses.field(default_factory=dict)
+
+    def name(self, key: Node) -> str | None:
+        """A key as part of a name; None of what no name can be made of. One that is no text is told in a note."""
+        text = key_text(key)
+        if text is not None and not isinstance(key, str):
+            if len(self.made) < _LISTED:
+                self.made.append(f"{text} ({type(key).__name__})")
+            else:
+                self.made_more += 1
+        return text
 
 
 def find(interpreter: Interpreter, loaded: Loaded, nested: Sequence[str] | None = None) -> Found:
@@ -69,31 +88,44 @@ def find(interpreter: Interpreter, loaded: Loaded, nested: Sequence[str] | None 
     _require_tensors(interpreter, loaded, found, node)
     _require_known(interpreter, loaded, found)
     found.notes += interpreter.notes
+    if found.made:
+        more = f" and {found.made_more} more" if found.made_more else ""
+        found.notes.append(f"Names are texts; these are made of other keys: {', '.join(found.made)}{more}.")
     return found
 
 
 def _step_into(interpreter: Interpreter, found: Found, node: Node, depth: int, key: str) -> Node:
     """The entry under a key; everything beside it becomes an object."""
     where = found.nested[:depth]
-    pairs = dict_entries(interpreter, found, node, ".".join(where))
-    if key not in [other for other, _ in pairs or []]:
+    pairs = _dict_entries(interpreter, found, node, ".".join(where)) or []
+    place = next((number for number, (other, _) in enumerate(pairs) if key_text(other) == key), None)
+    if place is None:
+        listed = ", ".join(key_text(other) or key_shown(other) for other, _ in pairs[:20])
         raise interpreter.fail(
             ".".join(where),
             f"nested={found.nested!r}",
-            f"one of its keys: {', '.join(name for name, _ in pairs[:20])}" if pairs else "a dict with keys",
-            "Choose another part of the file.",
+            f"one of its keys: {listed}" if pairs else "a dict with keys",
+            "Choose another part of the file: nested=(KEY, ...), on the command line --nested KEY for each.",
         )
-    for other, value in pairs or []:
-        if other != key:
-            found.objects.append(stored_object(interpreter, value, ".".join((*where, other))))
-    return next(value for other, value in pairs or [] if other == key)
+    for other, value in (*pairs[:place], *pairs[place + 1 :]):
+        found.objects.append(_object(interpreter, found, value, ".".join(where), other))
+    return pairs[place][1]
 
 
-def dict_entries(interpreter: Interpreter, found: Found, node: Node, where: str) -> list[tuple[str, Node]] | None:
-    """The entries of a dict under names; None if it is none. Attributes that were set on it become objects.
+def _object(interpreter: Interpreter, found: Found, node: Node, where: str, key: Node) -> StoredObject:
+    """An entry that is no tensor; under a key of which no name can be made it is listed only, without its value."""
+    name = found.name(key)
+    if name is not None:
+        return stored_object(interpreter, node, _joined(where, name))
+    shown = stored_object(interpreter, node, _joined(where, f"(the key {key_shown(key)})"))
+    return dataclasses.replace(shown, value=None, text=f"{shown.text}, under a key that is no name")
 
-    ``_metadata``, which PyTorch sets on every state dict, is left out: it holds the versions of module classes, which
-    no other format has and ``load_state_dict`` looks at for a few old ones only. A note says so.
+
+def _dict_entries(interpreter: Interpreter, found: Found, node: Node, where: str) -> list[tuple[Node, Node]] | None:
+    """The entries of a dict; None if it is none. Attributes that were set on it become objects.
+
+    ``_metadata``, which PyTorch sets on every state dict, is kept by itself: it holds the versions of module classes.
+    That of a dict inside the state dict, whose paths begin elsewhere, is left out, and a note says so.
     """
     pairs = interpreter.entries(node, where)
     if pairs is None:
@@ -102,11 +134,16 @@ def dict_entries(interpreter: Interpreter, found: Found, node: Node, where: str)
     if attributes is None:
         raise interpreter.fail(where, "a dict with a state that is none")
     for key, value in attributes:
-        if key == "_metadata":
-            interpreter.notes[_VERSIONS] = None
+        if key == versions.KEY:
+            text = versions.text_of(stored_object(interpreter, value, key).value)
+            if text is None or where != ".".join(found.nested):
+                interpreter.notes[_VERSIONS] = None
+            else:
+                found.metadata[versions.KEY] = text
         else:
-            found.objects.append(stored_object(interpreter, value, _joined(where, f"(attribute {key_text(key)})")))
-    return [(key_text(key), value) for key, value in pairs]
+            shown = key_text(key) or key_shown(key)
+            found.objects.append(stored_object(interpreter, value, _joined(where, f"(attribute {shown})")))
+    return pairs
 
 
 def _collect(interpreter: Interpreter, found: Found, node: Node, prefix: str, depth: int, in_module: bool) -> None:
@@ -122,19 +159,37 @@ def _collect(interpreter: Interpreter, found: Found, node: Node, prefix: str, de
         if len(found.tensors) + len(found.objects) > MAX_ENTRIES:
             raise interpreter.fail("", f"more than {MAX_ENTRIES} entries", "a checkpoint's")
         if interpreter.is_tensor(value):
-            found.tensors.append(_named(interpreter, value, prefix + key))
+            found.tensors.append(_named(interpreter, value, prefix + _required_name(interpreter, found, where, key)))
         elif _is_branch(value) and survey(interpreter, value).tensors:
-            _collect(interpreter, found, value, f"{prefix}{key}.", depth + 1, in_module)
+            below = f"{prefix}{_required_name(interpreter, found, where, key)}."
+            _collect(interpreter, found, value, below, depth + 1, in_module)
         elif not in_module:
-            found.objects.append(stored_object(interpreter, value, _joined(where, key)))
+            found.objects.append(_object(interpreter, found, value, where, key))
 
 
-def _children(interpreter: Interpreter, found: Found, node: Node, where: str) -> Iterable[tuple[str, Node]]:
+def _required_name(interpreter: Interpreter, found: Found, where: str, key: Node) -> str:
+    """A tensor's key as part of its name.
+
+    Raises:
+        CheckpointError: no name can be made of it.
+    """
+    name = found.name(key)
+    if name is None:
+        raise interpreter.fail(
+            where,
+            f"a tensor under the key {key_shown(key)}",
+            "a key that is a name: a text, or a number",
+            "Give it a name where the file comes from, and save again.",
+        )
+    return name
+
+
+def _children(interpreter: Interpreter, found: Found, node: Node, where: str) -> Iterable[tuple[Node, Node]]:
     if is_module(node):
         return module_entries(interpreter, node, where)
     if isinstance(node, (list, tuple)):
-        return ((str(number), item) for number, item in enumerate(node))
-    return dict_entries(interpreter, found, node, where) or []
+        return enumerate(node)
+    return _dict_entries(interpreter, found, node, where) or []
 
 
 def _is_branch(node: Node) -> bool:
@@ -178,8 +233,19 @@ def _guess(interpreter: Interpreter, node: Node, path: tuple[str, ...]) -> tuple
         ".".join(path),
         f"more than one state dict: {', '.join([*on_top, *counts[:20]])}",
         "one, or to be told which",
-        f"Choose with nested={(*path, key)!r}, or take all with nested={path!r}.",
+        f"Choose with nested={(*path, key)!r} ({_option((*path, key))}), or take all with nested={path!r} "
+        f"({_option(path)}).",
     )
+
+
+def _option(path: Sequence[str]) -> str:
+    """How the command line is told the same.
+
+    Example:
+        >>> _option(("ema", "model")), _option(())
+        ('--nested ema --nested model', "--nested ''")
+    """
+    return " ".join(f"--nested {shlex.quote(key)}" for key in path) or "--nested ''"
 
 
 def _may_be_state(interpreter: Interpreter, key: str, node: Node) -> bool:

@@ -222,10 +222,35 @@ def is_dict(node: Node) -> bool:
     return isinstance(node, Table) or (isinstance(node, Made) and node.known_as in DICTS)
 
 
-def key_text(key: Node) -> str:
-    """A dict's key as part of a name."""
-    return str(key) if isinstance(key, (str, int, float)) or key is None else f"(a key of type {type(key).__name__})"
+def key_text(key: Node) -> str | None:
+    """A dict's key as part of a name; None of what no name can be made of.
 
+    Example:
+        >>> key_text("fc"), key_text(0), key_text(None), key_text(("fc", 0))
+        ('fc', '0', 'None', None)
+    """
+    return str(key) if isinstance(key, (str, int, float)) or key is None else None
+
+
+def key_shown(key: Node, depth: int = 0) -> str:
+    """Any key, for people.
+
+    Example:
+        >>> key_shown(("fc", 0)), key_shown(Slice(10, 3)), key_shown(7)
+        ("('fc', 0)", '3 bytes', '7')
+    """
+    if isinstance(key, tuple) and depth < _SHOWN:
+        inner = [key_shown(part, depth + 1) for part in key[:_SHOWN]] + ["..."] * (len(key) > _SHOWN)
+        return f"({inner[0]},)" if len(inner) == 1 else f"({', '.join(inner)})"
+    if isinstance(key, Slice):
+        return f"a text of {key.length} bytes" if key.encoding else f"{key.length} bytes"
+    if isinstance(key, Made):
+        text = key.args[0] if key.known_as == arrays.ENCODE and key.args else None
+        return f"b{text!r:.60}" if isinstance(text, str) else f"an object of {key.function!s:.60}"
+    return f"{key!r:.60}" if isinstance(key, (str, int, float)) or key is None else f"a {type(key).__name__.lower()}"
+
+
+_SHOWN = 4  # parts of a tuple that is a key, and tuples in each other
 
 _TENSORS = {
     *torch_tensors.REBUILD,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from mhabridge.checkpoint.pickled.inert import Made, Name, Node, Persistent, Table
-from mhabridge.checkpoint.pickled.values import KNOWN, Interpreter, is_dict, key_text
+from mhabridge.checkpoint.pickled.values import KNOWN, Interpreter, is_dict
 
 
 def is_module(node: Node) -> bool:
@@ -32,18 +32,19 @@ def _attributes(node: Made) -> Node:
     return node.state
 
 
-def module_entries(interpreter: Interpreter, node: Made, where: str) -> Iterator[tuple[str, Node]]:
+def module_entries(interpreter: Interpreter, node: Made, where: str) -> Iterator[tuple[Node, Node]]:
     """What a module's state dict is made of: its parameters, buffers and submodules, under their names.
 
     PyTorch keeps these in three dicts, and leaves some buffers out of state dicts; elsewhere they are plain attributes.
     """
-    attributes = {key_text(key): value for key, value in interpreter.entries(_attributes(node), where) or []}
+    every = interpreter.entries(_attributes(node), where) or []
+    attributes = {key: value for key, value in every if isinstance(key, str)}
     if not {"_parameters", "_modules"} <= attributes.keys() or not is_dict(attributes["_parameters"]):
-        yield from attributes.items()
+        yield from every
         return
     transient = attributes.get("_non_persistent_buffers_set")
     left_out = [*transient.items, *(transient.args[0] if transient.args else ())] if isinstance(transient, Made) else []
     for table in ("_parameters", "_buffers", "_modules"):
         for key, value in interpreter.entries(attributes.get(table), where) or []:
             if value is not None and (table != "_buffers" or key not in left_out):
-                yield key_text(key), value
+                yield key, value

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mhabridge import mapping
+from mhabridge.checkpoint.formats.safetensors_header import unique
 from mhabridge.checkpoint.storage import checking
 from mhabridge.errors import ArgumentError, CheckpointError, UnsupportedError
 
@@ -118,7 +119,7 @@ def read(checkpoint: Path) -> Configuration:
             text = stream.read(_LARGEST + 1)
         if len(text) > _LARGEST:
             raise ValueError(f"more than {_LARGEST} bytes")
-        content = checking.json_of(text)
+        content = checking.json_of(text, object_pairs_hook=unique)
     except (ValueError, OSError) as error:
         return Configuration(file, fault=_fault(str(file), f"no JSON ({error!s:.200})"))
     if not isinstance(content, dict):

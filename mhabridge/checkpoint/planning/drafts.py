@@ -166,6 +166,23 @@ class Draft:
         self.fill([name], views.emitted(self.file, tensor, target, shape), rule)
         self.checks.append(Check(target, lambda stored: dataclasses.replace(stored, shape=tensor.shape), tensor))
 
+    def turn(self, name: str, target: str, canonical: StoredTensor, steps: Sequence[str], rule: str) -> None:
+        """A tensor of the target that is one of the source's with its axes in another order.
+
+        Args:
+            name: the source's.
+            target: the target's.
+            canonical: a view of the source's, in the order from which ``steps`` lead to the target's.
+            steps: as ``views.packed`` takes them.
+            rule: by which rule.
+        """
+        self.fill([name], views.packed(self.file, target, steps, [canonical]), rule)
+
+        def view_of(stored: StoredTensor) -> StoredTensor:
+            return views.split(stored, steps, [canonical.shape])[0]
+
+        self.checks.append(Check(target, view_of, canonical))
+
     def filled(self) -> list[Entry]:
         """The entries of what the target gets."""
         return [entry for entry in self.entries if entry.target is not None]

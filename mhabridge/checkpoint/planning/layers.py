@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from mhabridge import layouts, packing
+from mhabridge import layouts, mapping, packing
 from mhabridge.checkpoint.planning import configuration
 from mhabridge.checkpoint.planning.drafts import Paths, prefix_of
 from mhabridge.checkpoint.planning.sidecar import Specs, fields_of
@@ -122,17 +122,45 @@ def _old_prefix(prefix: str, own: Mapping[str, StoredTensor], old_names: Mapping
 
 
 def incomplete(names: Iterable[str]) -> list[str]:
-    """Notes on tensors that hold several parameters of an attention layer, and are among no whole layer.
+    """Notes on what looks like attention and is among no layer of a known layout: a packed tensor, or projections.
 
     Example:
         >>> incomplete(["attn.in_proj_weight", "fc.weight"])
         ["attn.in_proj_weight: it looks like a part of an attention layer, without the layer's other tensors."]
+        >>> incomplete(["0.attn.q.weight", "0.attn.k.weight", "0.attn.v.weight"])
+        ['0.attn: it looks like attention (q, k, v) in no layout that is known: each is taken for a layer of its own.']
     """
+    names = list(names)
     packed = {tensor.name for layout in packing.every() for tensor in layout.tensors if len(tensor.parts) > 1}
     return [
         f"{name}: it looks like a part of an attention layer, without the layer's other tensors."
         for name in names
         if any(name == one or name.endswith(f".{one}") for one in packed)
+    ] + _unrecognised(names)
+
+
+def _unrecognised(names: Iterable[str]) -> list[str]:
+    children: dict[str, set[str]] = {}
+    for name in names:
+        path, _, leaf = name.rpartition(".")
+        if leaf == "weight":
+            parent, _, child = path.rpartition(".")
+            children.setdefault(parent, set()).add(child)
+    looks = mapping.table("layouts")["looks"]["projections"]
+    found = {parent: one for parent, own in children.items() for one in looks if own.issuperset(one)}
+    return [
+        f"{parent or 'the top level'}: it looks like attention ({', '.join(one)}) in no layout that is known: "
+        "each is taken for a layer of its own."
+        for parent, one in found.items()
+    ]
+
+
+def _doubts(layout: str, spec: MHASpec, prefix: str) -> list[str]:
+    """Notes on a layer that may be none of plain attention, although its names fit."""
+    return [
+        f"{prefix or 'the layer'}: read as {layout}; {doubt['note']}. No tensor tells; config.json, beside it, does."
+        for doubt in mapping.table("layouts")["doubts"]
+        if layout in doubt["layouts"] and not any(getattr(spec, part) for part in doubt["without"])
     ]
 
 
@@ -213,8 +241,9 @@ class _Finder:
     def _block(
         self, prefix: str, own: Mapping[str, StoredTensor], known: dict[str, Any], heads: int | None, notes: list[str]
     ) -> Block:
-        said = list(notes)
+        said, read = list(notes), "layout" not in known
         layout, spec = self._read(prefix, own, known, heads, said)
+        said += _doubts(layout, spec, prefix) if read and not self.config.content else []
         own = _of_layout(layout, prefix, own)
         views = parts_of(packing.find(layout), spec, packing.below(prefix, own))
         return Block(prefix, layout, spec, heads is not None, tuple(own), views, tuple(said))

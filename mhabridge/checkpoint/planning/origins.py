@@ -8,8 +8,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from mhabridge import mapping
-from mhabridge.checkpoint.planning import modules, sidecar
-from mhabridge.checkpoint.storage.stored import StoredFile
+from mhabridge.checkpoint.planning import evidence, modules, sidecar
+from mhabridge.checkpoint.storage.stored import StoredFile, shapes_of
 from mhabridge.errors import ArgumentError
 
 
@@ -146,16 +146,37 @@ def _few(names: Sequence[str]) -> str:
     return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
 
 
-def source_dialects(file: StoredFile, specs: sidecar.Specs, said: str | None = None) -> tuple[str, ...]:
+@dataclasses.dataclass(frozen=True)
+class Origin:
+    """Where a checkpoint is from.
+
+    Args:
+        dialects: the frameworks whose names it may have.
+        note: why, where only the names in it tell; empty where somebody said so, or its format or mark does.
+    """
+
+    dialects: tuple[str, ...]
+    note: str = ""
+
+
+def origin(file: StoredFile, specs: sidecar.Specs, said: str | None = None) -> Origin:
     """The frameworks whose names a file may have: as is said, or by what travels with it, its format, its names.
 
     Raises:
         ArgumentError: what is said is no framework that is known.
     """
     if said is not None:
-        return (dialect(said, "source").name,)
+        return Origin((dialect(said, "source").name,))
     found = _framework_of(file, specs)
-    return modules.of_framework(found) if found else mapping.FRAMEWORKS
+    if found is not None:
+        return Origin(modules.of_framework(found))
+    verdict = evidence.weigh(shapes_of(file))
+    return Origin(mapping.FRAMEWORKS) if verdict is None else Origin(verdict.dialects, verdict.note)
+
+
+def source_dialects(file: StoredFile, specs: sidecar.Specs, said: str | None = None) -> tuple[str, ...]:
+    """The frameworks whose names a file may have, as ``origin`` finds them."""
+    return origin(file, specs, said).dialects
 
 
 def mark_of(framework: str) -> str | None:
@@ -164,13 +185,34 @@ def mark_of(framework: str) -> str | None:
     return mark
 
 
+def notes_on_format(to: str | None, format: str) -> list[str]:
+    """What to say where one framework's names go into a format that only another one writes and reads.
+
+    Args:
+        to: the target's framework, as the user says it; None where all names stay.
+        format: of the target.
+
+    Example:
+        >>> notes_on_format("torch", "mindspore-ckpt")
+        ["mindspore-ckpt is MindSpore's own format, and gets PyTorch's names and layouts."]
+        >>> notes_on_format("mindspore@2.0", "mindspore-ckpt"), notes_on_format("torch", "safetensors")
+        ([], [])
+    """
+    if to is None:
+        return []
+    own = dialect(to).framework
+    return [
+        f"{format} is {mapping.table(one)['framework']['title']}'s own format, and gets "
+        f"{mapping.table(own)['framework']['title']}'s names and layouts."
+        for one in mapping.FRAMEWORKS
+        if one != own and format in _declared(one)["formats"]
+    ]
+
+
 def _framework_of(file: StoredFile, specs: sidecar.Specs) -> str | None:
     if specs.framework is not None:  # of any version: it says how names are to be read, and these stay
         return _parsed(specs.framework, "source").framework
-    by_file = (one for one in mapping.FRAMEWORKS if _has_mark(file, _declared(one)))
-    leaves = {name.rpartition(".")[2] for name in file}
-    by_name = (one for one in mapping.FRAMEWORKS if leaves.intersection(_declared(one).get("names", ())))
-    return next(by_file, None) or next(by_name, None)
+    return next((one for one in mapping.FRAMEWORKS if _has_mark(file, _declared(one))), None)
 
 
 def _has_mark(file: StoredFile, declared: dict[str, Any]) -> bool:

@@ -11,12 +11,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mhabridge import layouts, mapping, packing
-from mhabridge.checkpoint.planning import completeness, modules, origins, renaming, sidecar
+from mhabridge.checkpoint.planning import completeness, modules, origins, renaming, sidecar, turned
 from mhabridge.checkpoint.planning.drafts import Check as Check
 from mhabridge.checkpoint.planning.drafts import Draft, Shape
 from mhabridge.checkpoint.planning.drafts import Entry as Entry
 from mhabridge.checkpoint.planning.layers import Block, find_blocks, incomplete
-from mhabridge.checkpoint.planning.origins import Dialect, dialect, source_dialects
+from mhabridge.checkpoint.planning.origins import Dialect, dialect
 from mhabridge.checkpoint.planning.plan_attention import drop_in, holds, plan_attention
 from mhabridge.checkpoint.planning.plan_layers import LayerPlanner
 from mhabridge.checkpoint.planning.transformer_parts import transformer_parts
@@ -171,9 +171,10 @@ def _translate(draft: Draft, options: Options, to: Dialect) -> tuple[list[Block]
             draft.notes.append(f"{where}: {to.framework}'s own layer has no such parameters; this is the {title}.")
         draft.notes.extend(block.notes)
     draft.notes += incomplete(draft.left())
-    layers = LayerPlanner(
-        draft, to, source_dialects(file, specs, options.source), specs, options.kinds, options.names_of
-    )
+    source = origins.origin(file, specs, options.source)
+    draft.notes += [f"{file.path.name}: {source.note}"] if source.note else []
+    lying = turned.paths((block.prefix, block.layout) for block in blocks), turned.paths(layouts_of.items())
+    layers = LayerPlanner(draft, to, source.dialects, specs, options.kinds, options.names_of, lying)
     layers.plan(transformer_parts([block.prefix for block in blocks], draft.tensors, to))
     draft.notes += origins.notes_on_dtypes(to, [(one.name, one.dtype) for one in draft.in_order()])
     if all(entry.unchanged for entry in draft.filled()):

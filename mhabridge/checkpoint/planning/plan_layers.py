@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from fnmatch import fnmatchcase
 
-from mhabridge.checkpoint.planning import kinds, modules, renaming
+from mhabridge.checkpoint.planning import kinds, modules, renaming, turned
 from mhabridge.checkpoint.planning.drafts import Draft, Shape, by_module
 from mhabridge.checkpoint.planning.kinds import Choice
 from mhabridge.checkpoint.planning.origins import Dialect
@@ -14,6 +14,7 @@ from mhabridge.checkpoint.storage.stored import shapes_of
 from mhabridge.errors import ArgumentError
 
 _LISTED = 4
+_OF_TURNED = ("linear", kinds.UNKNOWN)  # what people may say of a linear map that lies the other way round
 
 
 class LayerPlanner:
@@ -26,6 +27,8 @@ class LayerPlanner:
         specs: what travels with the source.
         said: what the user says that layers are, by patterns of paths.
         wanted: the target's real names and shapes, when they are known.
+        turned_paths: the paths of linear maps that lie the other way round, as ``turned.paths`` gives them: those in
+            the source, and those in the target.
     """
 
     def __init__(
@@ -36,9 +39,10 @@ class LayerPlanner:
         specs: Specs,
         said: Mapping[str, str],
         wanted: Mapping[str, Shape] | None,
+        turned_paths: tuple[Collection[str], Collection[str]] = ((), ()),
     ) -> None:
         self.draft, self.to, self.dialects = draft, to, dialects
-        self.specs, self.said = specs, said
+        self.specs, self.said, self.turned = specs, said, turned_paths
         self.wanted = None if wanted is None else _by_path(wanted)
         self.left_open: dict[str, str] = {}  # layers whose kind the target's own names and shapes do not tell
         self._matched: set[str] = set()
@@ -84,6 +88,8 @@ class LayerPlanner:
 
     def _layer(self, path: str, names: Mapping[str, str], dialect: str, start: str) -> None:
         own = shapes_of({leaf: self.draft.tensors[name] for leaf, name in names.items()})
+        if self._is_turned(path, names, own, dialect, start):
+            return
         found = modules.readings(own, self.dialects)
         wanted = None if self.wanted is None else self.wanted.get(start.rstrip("."), {})
         dialect = kinds.fitting_dialect(found, dialect, wanted)
@@ -104,6 +110,24 @@ class LayerPlanner:
             told = f"read as {choice}; by names and shapes it could be {' or '.join(choice.others)} (--kind)"
             self._doubtful.setdefault(told, []).append(path)
         self._remember(start.rstrip("."), choice, dict(written.values()))
+
+    def _is_turned(
+        self, path: str, names: Mapping[str, str], own: Mapping[str, Shape], dialect: str, start: str
+    ) -> bool:
+        """Carry a linear map that lies the other way round in the source or in the target; whether it is one."""
+        before, after = (path in paths for paths in self.turned)
+        told = self._said(path, _OF_TURNED) or self.specs.kinds.get(self.draft.old_path(names))
+        reading = turned.reading(own, before) if (before or after) and told in (None, "linear") else None
+        if reading is None:
+            return False
+        written = {part: (start + name, shape) for part, (name, shape) in reading.in_dialect(dialect).items()}
+        weight = self.draft.tensors[names["weight"]]
+        canonical = turned.unturned(weight) if before else weight
+        ways = ["(in, out)" if one else "(out, in)" for one in (before, after)]
+        rule = f"linear: {' -> '.join(ways)}" if before != after else f"linear: {ways[0]}, as it is"
+        self.draft.turn(names["weight"], written["weight"][0], canonical, turned.STEPS if after else (), rule)
+        self.draft.carry(names["bias"], *written["bias"], rule)
+        return True
 
     def _choice(
         self,

@@ -37,17 +37,17 @@ class Rule:
     pattern: re.Pattern[str]
     pieces: tuple[str, ...]
 
-    def __call__(self, name: str) -> str:
-        """The new name; the old one where the rule is not for it."""
+    def __call__(self, name: str) -> str | None:
+        """The new name, which may be the old one; None where the rule is not for it."""
         match = self.pattern.fullmatch(name)
         if match is None:
-            return name
+            return None
         texts = (*match.groups()[: len(self.pieces) - 1], "")
         return "".join(piece for pair in zip(self.pieces, texts, strict=True) for piece in pair)
 
 
 def rule(text: str) -> Rule:
-    """One rule, which gives a name's new one, or the name back.
+    """One rule, which gives a name's new one, or None for a name that it is not for.
 
     Raises:
         ArgumentError: no "=", nothing before or after it, or more stars after it than before.
@@ -156,7 +156,7 @@ def _rules(rules: str | Iterable[str]) -> list[Rule]:
 
 def _first(made: list[Rule]) -> Rename:
     def rename(name: str) -> str:
-        return next((found for found in (one(name) for one in made) if found != name), name)
+        return next((found for found in (one(name) for one in made) if found is not None), name)
 
     return rename
 

@@ -132,7 +132,7 @@ def _parsed(text: str, where: str) -> Specs:
         if content["mhabridge"] != _VERSION:
             raise ValueError(f"version {content['mhabridge']}")
         framework, kinds = content["framework"], content["kinds"]
-        if mapping.parse_name(framework)[0] not in modules.known_dialects():
+        if framework is not None and mapping.parse_name(framework)[0] not in modules.known_dialects():
             raise ValueError(f"the framework {framework}")
         if not all(isinstance(kind, str) for kind in kinds.values()):
             raise ValueError("a kind that is no string")

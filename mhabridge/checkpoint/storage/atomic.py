@@ -63,13 +63,7 @@ def replacing_all(
     Raises:
         CheckpointError: as ``replacing``, or two paths are the same.
     """
-    targets = [_Target(Path(path), force) for path in reversed(paths)][
-        ::-1
-    ]  # an error names the one that was asked for
-    if len({target.path for target in targets}) != len(targets):
-        raise CheckpointError(
-            ", ".join(target.path.name for target in targets), given="one target twice", expected="different ones"
-        )
+    targets = _checked(paths, force)
     try:
         for target in targets:
             target.open()
@@ -79,6 +73,26 @@ def replacing_all(
     finally:
         for target in targets:
             target.clean_up()
+
+
+def require_replaceable(paths: Sequence[str | os.PathLike[str]], force: bool = False) -> None:
+    """Refuse targets that ``replacing_all`` refuses before it writes; nothing is made.
+
+    Raises:
+        CheckpointError: as there.
+    """
+    for target in _checked(paths, force):
+        target.require_writable_folder()
+
+
+def _checked(paths: Sequence[str | os.PathLike[str]], force: bool) -> list[_Target]:
+    # From the last on: an error names the one that was asked for.
+    targets = [_Target(Path(path), force) for path in reversed(paths)][::-1]
+    if len({target.path for target in targets}) != len(targets):
+        raise CheckpointError(
+            ", ".join(target.path.name for target in targets), given="one target twice", expected="different ones"
+        )
+    return targets
 
 
 def _publish(targets: list[_Target], sync: bool) -> None:
@@ -137,9 +151,15 @@ class _Target:
             if self._mode is not None:
                 os.fchmod(self.descriptor, self._mode)
         except OSError as error:
-            raise CheckpointError(
-                str(self.path), given=str(error.strerror), expected="a folder that can be written to"
-            ) from error
+            raise self._not_writable(str(error.strerror)) from error
+
+    def require_writable_folder(self) -> None:
+        """Refuse a folder in which ``open`` could make no file, as far as that can be told without making one."""
+        if not os.access(self.path.parent, os.W_OK | os.X_OK):
+            raise self._not_writable("a folder that nothing can be written to")
+
+    def _not_writable(self, why: str) -> CheckpointError:
+        return CheckpointError(str(self.path), given=why, expected="a folder that can be written to")
 
     def _open_unnamed(self) -> None:
         try:

@@ -30,8 +30,9 @@ from mhabridge.errors import CheckpointError
 
 CHUNK = 128 * 1024  # bytes of a buffer for what one thread reads; larger ones fall out of the second-level cache
 
+_MOST_EXPANDED = 16 << 20  # bytes of all views together that have more elements than the file has numbers for them
 _EXPANDED = (
-    "an expanded view, which has more elements than the file has numbers for it",
+    "an expanded view, which has more elements than the file has numbers for it (16 MiB of such in a file are read)",
     "Save tensor.contiguous() instead, or leave it out (--drop).",
 )
 _MOST_SHARED = 4 << 30  # bytes of all tensors, if it is more than a hundred times the file's
@@ -78,6 +79,11 @@ class StoredFile(Mapping[str, StoredTensor]):
         except CheckpointError:
             self.close()
             raise
+
+    @property
+    def paths(self) -> tuple[Path, ...]:
+        """All files that it is read from: what was opened, and of several files each."""
+        return (self.path, *(self._open.path(number) for number in range(len(self.files))))
 
     def __getitem__(self, name: str) -> StoredTensor:
         return self._tensors[name]
@@ -220,7 +226,7 @@ class StoredFile(Mapping[str, StoredTensor]):
             )
 
     def _check_extents(self) -> None:
-        sizes, reach = [self._open.size(number) for number in range(len(self.files))], 0
+        sizes, reach, self._expanded = [self._open.size(number) for number in range(len(self.files))], 0, 0
         for tensor in self._tensors.values():
             if tensor.dtype not in ITEM_SIZES:
                 raise CheckpointError(
@@ -244,7 +250,7 @@ class StoredFile(Mapping[str, StoredTensor]):
             )
 
     def _check_view(self, tensor: StoredTensor) -> int:
-        """A view must lie inside its storage; one that is larger than that could ask for any memory, and is not read.
+        """A view must lie inside its storage; those that are larger than that could ask for any memory: some are read.
 
         Returns:
             From its first element to its last, how many there are in the storage; 0 when it is not read.
@@ -257,7 +263,8 @@ class StoredFile(Mapping[str, StoredTensor]):
             if tensor.size == 0 or tensor.unreadable is not None:
                 return 0
             if (last + 1) * tensor.item_size <= length:
-                if tensor.nbytes <= length:
+                self._expanded += tensor.nbytes if tensor.nbytes > length else 0
+                if tensor.nbytes <= length or self._expanded <= _MOST_EXPANDED:
                     return max(last + 1 - tensor.start, tensor.size)
                 self._tensors[tensor.name] = dataclasses.replace(tensor, unreadable=_EXPANDED)
                 return 0
