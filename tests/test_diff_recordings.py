@@ -487,7 +487,7 @@ def test_what_right_layers_amplify_is_no_fault_of_the_next(tmp_path: Path) -> No
         path = alone(tmp_path / f"one_{name}", [x] * 3, gain=400.0)
         with open_recording(path) as recording:
             made = recording.read(recording.calls[0].outputs[0])
-            parameters = recording.parameters(recording.layers["attn"])
+            parameters = recording.parameters(recording.calls[0])
         assert made is not None
         writer = Writer(tmp_path / name)
         settings = {"embed_dim": 16, "num_heads": 4, "batch_first": True}
@@ -566,6 +566,47 @@ def test_layers_that_do_not_fit_are_not_computed(
     assert peak < 50e6
     huge = len(made) == 4
     assert (comparison(report, "fc", "output").verdict == "broken") == huge
+
+
+# -- parameters that change ---------
+
+
+def stepped(path: Path, form: int = 2, told: bool = True, factor: float = 1.0) -> Path:
+    """Two calls of one layer, whose parameters are others at the second one."""
+    spec, x = MHASpec(16, 4, batch_first=True), inputs()
+    weights = [MHAWeights.random(spec, seed=seed) for seed in (0, 1)]
+    writer = Writer(path, form=form)
+    settings = {"embed_dim": 16, "num_heads": 4, "batch_first": True}
+    named = [each.to_layout("torch", spec) for each in weights]
+    writer.layer("attn", recordings.CLASSES["torch"], settings, named[0])
+    for number in range(2):
+        output = reference.attend(spec, weights[number], recordings.Call(x, x, x)).output.astype(np.float32)
+        output = output * np.float32(factor if number else 1.0)
+        changed = named[1] if number and told else None
+        writer.call("attn", {"query": x, "key": x, "value": x}, [output, None], parameters=changed)
+    return writer.end()
+
+
+def test_each_call_is_judged_by_its_own_parameters(tmp_path: Path) -> None:
+    first = stepped(tmp_path / "a")
+    report = diff_recordings(first, stepped(tmp_path / "b"))
+    assert report.verdict == "equal"
+    assert comparison(report, "attn (call 2)", "output").distances[1].ok
+    assert comparison(report, "attn (call 2)", "q_weight").ok
+    report = diff_recordings(first, stepped(tmp_path / "c", told=False))
+    assert report.first_divergence == "attn (call 2)"
+    assert comparison(report, "attn (call 2)", "output").side == "second"
+
+
+def test_an_old_recording_is_not_judged_by_parameters_that_it_cannot_tell(tmp_path: Path) -> None:
+    first, second = (stepped(tmp_path / name, form=1, told=False) for name in "ab")
+    report = diff_recordings(first, second)
+    assert report.ok
+    assert comparison(report, "attn", "output").distances[1].ok
+    assert comparison(report, "attn (call 2)", "output").distances == (None, None)
+    assert "recordings of this age do not tell" in notes(report, "attn (call 2)")
+    report = diff_recordings(first, stepped(tmp_path / "c", form=1, told=False, factor=1.01))
+    assert (report.first_divergence, report.ok) == ("attn (call 2)", False)
 
 
 # -- gradients that are missing ----------------------------------------------------------------------------------------

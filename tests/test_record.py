@@ -116,7 +116,7 @@ def check_plain(framework: str, folder: Path) -> None:
     same(wanted["after"], wanted["before"])
     same(wanted["again"], wanted["before"])
     metadata = found.metadata
-    assert (metadata["format"], metadata["framework"], metadata["complete"]) == (1, framework, True)
+    assert (metadata["format"], metadata["framework"], metadata["complete"]) == (2, framework, True)
     assert {"python", "numpy", "platform", "device"} <= metadata["environment"].keys()
     assert [(c["index"], c["layer"], c["nth"], c["training"]) for c in metadata["calls"]] == [
         (0, "first", 0, False),
@@ -223,6 +223,17 @@ def test_a_drop_in_is_recorded_once_a_call_with_what_it_has_beyond(framework: st
     same(wanted["after"], wanted["before"])
     same(output(found, 0), wanted["before"])
     assert output(found, 0, 1).shape == (2, 3, 3)
+
+
+def test_parameters_that_change_are_recorded_again(framework: str, run: Run) -> None:
+    """One of the first layer's changes between two calls; the others, and the other layers', do not."""
+    folder = run("trained")
+    found, wanted = opened(folder), expected(folder)
+    calls = [call for call in found.metadata["calls"] if call["layer"] == "first"]
+    name = str(wanted["name"])
+    assert [sorted(call.get("parameters", {})) for call in calls] == [[], [], [name], []]
+    same(found.read(calls[2]["parameters"][name]["tensor"]), wanted["value"])
+    assert not any("parameters" in call for call in found.metadata["calls"] if call["layer"] != "first")
 
 
 # -- gradients ---------------------------------------------------------------------------------------------------------

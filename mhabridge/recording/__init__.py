@@ -46,7 +46,7 @@ def record(
             block.
         attn_weights: keep the attention weights where a layer returns them; no layer is asked for what the model does
             not ask it for.
-        parameters: keep the layers' parameters, as at their first call.
+        parameters: keep the layers' parameters, as at their first call, and again what has changed at a later one.
         limit: bytes of tensors; what goes beyond is left out and named.
         inputs_from: another recording, whose inputs each matching layer is given in the place of its own, so that an
             early error does not drown the later ones (*single-step mode*).

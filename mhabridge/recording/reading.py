@@ -19,9 +19,9 @@ import numpy as np
 from mhabridge.checkpoint.formats import safetensors_file, safetensors_header
 from mhabridge.checkpoint.storage import checking
 from mhabridge.checkpoint.storage.stored import StoredFile, StoredTensor
-from mhabridge.errors import ArgumentTypeError
+from mhabridge.errors import ArgumentTypeError, UnsupportedError
 from mhabridge.recording import reading_journal
-from mhabridge.recording.contents import FORMAT, METADATA_KEY
+from mhabridge.recording.contents import FORMATS, METADATA_KEY
 from mhabridge.recording.journal import MAGIC
 from mhabridge.recording.reading_journal import damaged
 
@@ -81,6 +81,8 @@ class RecordedCall:
         arguments: as passed, by the framework's own names.
         outputs: what it returned.
         grads: by what they are of: "arguments/query", "outputs/0", "parameters/in_proj_weight".
+        parameters: what the layer's parameters were at this call, by their native names.
+        changed: whether they are others than at the layer's call before.
     """
 
     index: int
@@ -90,6 +92,8 @@ class RecordedCall:
     arguments: dict[str, Item]
     outputs: tuple[Item, ...]
     grads: dict[str, Item]
+    parameters: dict[str, Item] = dataclasses.field(default_factory=dict)
+    changed: bool = False
 
     def item(self, name: str) -> Item:
         """An argument; where it is the same as another, that one."""
@@ -111,6 +115,7 @@ class Recording:
         layers: by path.
         calls: in the order in which they ran.
         file: the tensors.
+        follows: whether a layer's later calls say which parameters have changed; old recordings do not.
     """
 
     path: Path
@@ -122,6 +127,7 @@ class Recording:
     layers: dict[str, RecordedLayer]
     calls: tuple[RecordedCall, ...]
     file: StoredFile
+    follows: bool = True
 
     def __enter__(self) -> Recording:
         return self
@@ -147,9 +153,21 @@ class Recording:
         """
         return self.file.read(item.tensor) if item.tensor else None
 
-    def parameters(self, layer: RecordedLayer) -> dict[str, np.ndarray]:
-        """The layer's parameters by their native names, read now."""
-        return {name: self.file.read(tensor) for name, tensor in layer.parameters.items()}
+    def tells(self, call: RecordedCall) -> bool:
+        """Whether it is known what the layer's parameters were at a call."""
+        return self.follows or not call.nth
+
+    def parameters(self, call: RecordedCall) -> dict[str, np.ndarray]:
+        """The parameters of the layer that was called, as they were then, by their native names, read now.
+
+        Raises:
+            UnsupportedError: one of them was left out.
+        """
+        for name, item in call.parameters.items():
+            if item.left_out:
+                given = f"a parameter that was left out of the recording ({item.left_out})"
+                raise UnsupportedError(name, given=given, expected="its values at this call")
+        return {name: self.file.read(item.tensor) for name, item in call.parameters.items() if item.tensor}
 
 
 def open_recording(path: str | os.PathLike[str]) -> Recording:
@@ -199,8 +217,8 @@ class _Reader:
     def recording(self, document: dict[str, Any]) -> Recording:
         self._plain(document, 0)
         found = document.get("format")
-        if found != FORMAT or type(found) is not int:
-            self._refuse(f"it is of format {found!r:.40}, and {FORMAT} is known")
+        if found not in FORMATS or type(found) is not int:
+            self._refuse(f"it is of format {found!r:.40}, and {', '.join(map(str, FORMATS))} are known")
         layers = {name: self._layer(name, entry) for name, entry in self._object(document, "layers").items()}
         calls = [self._call(entry, layers) for entry in self._list(document, "calls")]
         if len({call.index for call in calls}) != len(calls):
@@ -213,9 +231,25 @@ class _Reader:
             document.get("complete") is True,
             tuple(map(str, self._list(document, "left_out"))),
             layers,
-            tuple(sorted(calls, key=lambda call: call.index)),
+            self._with_parameters(sorted(calls, key=lambda call: call.index), layers),
             self.file,
+            found > 1,
         )
+
+    def _with_parameters(
+        self, calls: list[RecordedCall], layers: Mapping[str, RecordedLayer]
+    ) -> tuple[RecordedCall, ...]:
+        """The calls, each of which says only what has changed, with all of their layers' parameters."""
+        now = {
+            path: {name: Item(tensor=tensor) for name, tensor in layer.parameters.items()}
+            for path, layer in layers.items()
+        }
+        made = []
+        for call in calls:
+            if call.parameters:
+                now[call.layer] = {**now[call.layer], **call.parameters}
+            made.append(dataclasses.replace(call, parameters=now[call.layer], changed=bool(call.parameters)))
+        return tuple(made)
 
     def _layer(self, path: str, entry: Any) -> RecordedLayer:
         settings = self._object(entry, "settings")
@@ -241,9 +275,9 @@ class _Reader:
         outputs = tuple(self._item(given) for given in self._list(entry, "outputs"))
         grads = {name: self._item(given) for name, given in self._object(entry, "grads").items()}
         training = entry.get("training") is True
-        return RecordedCall(
-            self._count(entry, "index"), layer, self._count(entry, "nth"), training, arguments, outputs, grads
-        )
+        parameters = {name: self._item(given) for name, given in self._object(entry, "parameters").items()}
+        index, nth = self._count(entry, "index"), self._count(entry, "nth")
+        return RecordedCall(index, layer, nth, training, arguments, outputs, grads, parameters)
 
     def _item(self, given: Any) -> Item:
         if not isinstance(given, dict) or len(given) != 1:

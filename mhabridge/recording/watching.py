@@ -37,6 +37,7 @@ class Watched:
         self.calls = self.skipped = 0
         self.latest = -1
         self.silent = False
+        self.digests: dict[str, int | None] = {}
 
 
 class Watcher:
@@ -113,8 +114,6 @@ class Watcher:
             one.skipped += 1
             stack.append(None)
             return args, kwargs
-        if not one.calls:
-            self._describe(one)
         running = self._started(one)
         stack.append(running)
         arguments = Arguments(one.signature, args, kwargs)
@@ -146,9 +145,13 @@ class Watcher:
         with self._lock:
             running = Running(next(self._numbers), one.calls, {})
             one.calls += 1
+            training = self.adapter.training(one.layer)
+            running.entry.update(index=running.index, layer=one.path, nth=running.nth, training=training)
+            if not running.nth:
+                self._describe(one)
+            elif self.options.parameters:
+                self._follow(one, running)
         one.latest = running.index
-        training = self.adapter.training(one.layer)
-        running.entry.update(index=running.index, layer=one.path, nth=running.nth, training=training)
         return running
 
     def _stack(self, one: Watched) -> list[Running | None]:
@@ -205,10 +208,25 @@ class Watcher:
         if one.chosen.aliases:
             entry["aliases"] = one.chosen.aliases
         for name, tensor in self._own_parameters(one) if self.options.parameters else ():
+            one.digests[name] = self.ledger.digest(tensor)
             kept = self.ledger.keep(f"layers/{one.path}/{name}", tensor)
             if "tensor" in kept:
                 entry["parameters"][name] = kept["tensor"]
         self.ledger.event({"layer": entry})
+
+    def _follow(self, one: Watched, running: Running) -> None:
+        """Keep the parameters that are no longer what they were at the call before: training changes them."""
+        now = dict(self._own_parameters(one))
+        changed: dict[str, Any] = {name: {"value": None} for name in one.digests if name not in now}
+        for name in changed:
+            del one.digests[name]
+        for name, tensor in now.items():
+            digest = self.ledger.digest(tensor)
+            if name not in one.digests or digest != one.digests[name]:
+                one.digests[name] = digest
+                changed[name] = self.ledger.keep(f"{running.name}/parameters/{name}", tensor)
+        if changed:
+            running.entry["parameters"] = changed
 
     def _own_parameters(self, one: Watched) -> list[tuple[str, Any]]:
         """The parameters that are no other recorded layer's; all of an attention's, whose parts nobody calls."""

@@ -191,6 +191,13 @@ def pairs(first: Recording, second: Recording, layers: Mapping[str, tuple[str, s
     return found + [Pair(None, theirs[place]) for place in waiting]
 
 
+def weights_at(first: RecordedCall, second: RecordedCall) -> str:
+    """How the parameters of a layer are compared at a call: see ``compare_attention``."""
+    if first.nth == second.nth == 0:
+        return "recorded"
+    return "trained" if first.changed or second.changed else ""
+
+
 def in_order_of_ending(calls: Iterable[RecordedCall]) -> list[RecordedCall]:
     """Calls in the order in which they ended: a layer that holds others after those that it called.
 

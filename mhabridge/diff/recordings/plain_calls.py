@@ -11,11 +11,13 @@ import numpy as np
 
 from mhabridge import dtypes
 from mhabridge.diff.comparing import Comparison, compare
+from mhabridge.diff.judge import Distance
 from mhabridge.diff.recordings import other_layers
 from mhabridge.diff.recordings.arrays import coarsest_of
-from mhabridge.diff.recordings.attention_calls import Compared, apart_where_finite, compare_weights, unit_of
-from mhabridge.diff.recordings.drift import Drift
-from mhabridge.diff.recordings.matching import kind_of
+from mhabridge.diff.recordings.attention_calls import Compared, add_trained, compare_weights, unit_of
+from mhabridge.diff.recordings.drift import Drift, apart
+from mhabridge.diff.recordings.matching import kind_of, weights_at
+from mhabridge.errors import UnsupportedError
 from mhabridge.recording.reading import Item, RecordedCall, RecordedLayer, Recording
 
 _BLOCKED = -9984.0  # what -1e4 is in bfloat16: less is meant as -inf in a mask
@@ -35,15 +37,14 @@ def compare_plain(first: Side, second: Side, drift: Drift, turned: bool) -> Comp
     """
     compared = Compared()
     _compare_epsilon(first[1], second[1], compared)
-    if first[2].nth == second[2].nth == 0:
-        _compare_parameters(first, second, compared)
+    _compare_parameters(first, second, drift, compared)
     given = [list(_tensors(side[0], _arguments(side[2]))) for side in (first, second)]
     inputs = [[array for _, array in side] for side in given]
     outputs = [dict(_tensors(side[0], _outputs(side))) for side in (first, second)]
     _compare_inputs(given, drift, turned, compared)
     if outputs[0].keys() == outputs[1].keys() == {"output"}:
         judged = [
-            other_layers.distance(*side, own, made["output"])
+            _sure(side, other_layers.distance(*side, own, made["output"]))
             for side, own, made in zip((first, second), inputs, outputs, strict=True)
         ]
         if all(each is not None for each in judged):
@@ -51,7 +52,7 @@ def compare_plain(first: Side, second: Side, drift: Drift, turned: bool) -> Comp
             comparison = compare(a, b, distances=(judged[0], judged[1]))
             compared.add("output", comparison, "computed")
             if comparison.ok:
-                compared.drift.append(apart_where_finite(a, b))
+                compared.drift.append(apart(a, b))
             return compared
     for name in _not_asked(first, second, compared):
         for side in outputs:
@@ -66,12 +67,28 @@ def _compare_epsilon(first: RecordedLayer, second: RecordedLayer, compared: Comp
         compared.add("settings", Comparison("off", reason=f"epsilon {a:g} and {b:g}"), "settings")
 
 
-def _compare_parameters(first: Side, second: Side, compared: Compared) -> None:
-    found = [other_layers.parameters_of(side[0], side[1]) for side in (first, second)]
+def _compare_parameters(first: Side, second: Side, drift: Drift, compared: Compared) -> None:
+    how = weights_at(first[2], second[2])
+    if not how:
+        return
+    try:
+        found = [other_layers.parameters_of(*side) for side in (first, second)]
+    except UnsupportedError as error:
+        compared.notes.append(f"the parameters are not compared: {error}")
+        return
     if found[0].keys() == found[1].keys() or (found[0] and found[1] and _same_names(first[1], second[1])):
-        compare_weights(found[0], found[1], compared)
+        if how == "recorded":
+            compare_weights(found[0], found[1], compared)
+        else:
+            unit = unit_of(*(coarsest_of(side.values()) for side in found))
+            add_trained(found[0], found[1], drift, unit, compared)
     elif found[0] or found[1]:
         compared.notes.append("the two sides name the parameters differently: they are not compared")
+
+
+def _sure(side: Side, distance: Distance | None) -> Distance | None:
+    """A distance, unless it is large and the parameters may have been others than those that are known."""
+    return distance if distance is None or distance.ok or side[0].tells(side[2]) else None
 
 
 def _same_names(first: RecordedLayer, second: RecordedLayer) -> bool:
@@ -126,10 +143,10 @@ def _compare_inputs(given: list[list[tuple[str, np.ndarray]]], drift: Drift, tur
     by_name = {name for name, _ in first} & theirs.keys()
     for (name, a), (_, other) in zip(first, second, strict=False):
         a, b = _as_masks(name, a, theirs[name] if name in by_name else other)
-        comparison, apart = drift.compare(a, _turn(b, turned), unit_of(coarsest_of([a]), coarsest_of([b])), True)
+        comparison, far = drift.compare(a, _turn(b, turned), unit_of(coarsest_of([a]), coarsest_of([b])), True)
         compared.add(f"inputs.{name}", comparison, "inputs")
         if dtypes.name_of(a) in dtypes.FLOATS:
-            compared.drift.append(apart)
+            compared.drift.append(far)
 
 
 def _as_masks(name: str, first: np.ndarray, second: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -21,7 +21,7 @@ from mhabridge.diff.recordings.canonical import (
 from mhabridge.diff.recordings.drift import Drift
 from mhabridge.diff.recordings.gradients import Backward, compare_gradients
 from mhabridge.diff.recordings.judging import Material
-from mhabridge.diff.recordings.matching import Pair, kind_of
+from mhabridge.diff.recordings.matching import Pair, kind_of, weights_at
 from mhabridge.diff.recordings.plain_calls import compare_plain
 from mhabridge.diff.recordings.single_step import SingleStep
 from mhabridge.diff.report import REFERENCE, Entry, Layer, Picture
@@ -29,6 +29,10 @@ from mhabridge.errors import CheckpointError, MHABridgeError
 from mhabridge.recording.reading import RecordedCall, RecordedLayer, Recording
 
 WHOLE = "(model)"  # the path of the model itself is empty
+UNTOLD = (
+    "not held against the reference: recordings of this age do not tell whether a layer's parameters have changed "
+    "since its first call"
+)
 _DRAWN = 64  # layers whose pictures are made although nothing is wrong with them
 _ALIKE = 2  # layers with the same tensors wrong that are explained
 _LARGEST_DRAWN = 1 << 24  # scores of a call whose attention is computed for a picture
@@ -72,9 +76,9 @@ class Walk:
         self.divergence: str | None = None
         self.drift = Drift()
         self.not_whole: tuple[list[str], list[str]] = ([], [])
-        self._calls = [_counts(side) for side in (first, second)]
+        self._with_grads = [_with_grads(side) for side in (first, second)]
         self._explained: dict[frozenset[str], int] = {}
-        self._described: dict[tuple[int, str], Described | MHABridgeError] = {}
+        self._described: dict[tuple[Any, ...], Described | MHABridgeError] = {}
 
     def step(self, pair: Pair) -> Step:
         """Compare one call."""
@@ -84,6 +88,8 @@ class Walk:
         name = _called(pair.first)
         calls = self._attention(pair.first, pair.second) if first.attention and second.attention else "plain"
         backward = None
+        if not isinstance(calls, str) and self._unsure(pair.first, pair.second, calls):
+            calls = UNTOLD
         if isinstance(calls, str):
             sides = (self.first, first, pair.first), (self.second, second, pair.second)
             compared = compare_plain(*sides, self.drift, self.turned)
@@ -97,6 +103,13 @@ class Walk:
         entries = [self._entry(name, each.tensor, each.comparison, each.one_side) for each in compared.found]
         layer = Layer(name, _called(pair.second), first.kind, pair.matched, tuple(filter(None, notes)))
         return Step(layer, tuple(entries), backward, compared.ok)
+
+    def _unsure(self, a: RecordedCall, b: RecordedCall, calls: tuple[AttentionCall, AttentionCall]) -> bool:
+        """Whether what is off may be so since the parameters were others than those that are known."""
+        if self.first.tells(a) and self.second.tells(b):
+            return False
+        frameworks = self.first.framework, self.second.framework
+        return bool(compare_attention(*calls, frameworks, self.drift, "").wrong("computed"))
 
     def _alone(self, pair: Pair) -> Step:
         """A call that one side lacks: wrong, unless the layer holds nothing and the next one shows what it did."""
@@ -124,7 +137,7 @@ class Walk:
         self, name: str, a: RecordedCall, b: RecordedCall, calls: tuple[AttentionCall, AttentionCall]
     ) -> tuple[Compared, Backward | None]:
         frameworks = self.first.framework, self.second.framework
-        compared = compare_attention(*calls, frameworks, self.drift, a.nth == b.nth == 0)
+        compared = compare_attention(*calls, frameworks, self.drift, weights_at(a, b))
         if self.single_step is not None:
             self.single_step.add_to(compared, *calls, frameworks[0])
         self._explain(name, compared, calls)
@@ -134,7 +147,7 @@ class Walk:
             canonical_grads(self.first, a, calls[0].layer),
             canonical_grads(self.second, b, calls[1].layer),
         )
-        once = self._calls[0][a.layer] == self._calls[1][b.layer] == 1
+        once = _alone_in_backward(a, self._with_grads[0]) and _alone_in_backward(b, self._with_grads[1])
         return compared, compare_gradients(calls, grads, frameworks, once, compared)
 
     def _explain(self, name: str, compared: Compared, calls: tuple[AttentionCall, AttentionCall]) -> None:
@@ -174,12 +187,12 @@ class Walk:
         return found[0], found[1]
 
     def _describe(self, number: int, call: RecordedCall) -> Described:
-        key = number, call.layer
+        key = number, call.layer, tuple(call.parameters.items())
         if key not in self._described:
             while len(self._described) >= 4:  # a layer that is called again and again is read once
                 self._described.pop(next(iter(self._described)))
             try:
-                self._described[key] = describe((self.first, self.second)[number], self._layer(number, call))
+                self._described[key] = describe((self.first, self.second)[number], self._layer(number, call), call)
             except CheckpointError:
                 raise
             except MHABridgeError as error:
@@ -226,11 +239,16 @@ def _attention_of(call: AttentionCall) -> np.ndarray | None:
     return Material.of(call).all_weights()
 
 
-def _counts(recording: Recording) -> dict[str, int]:
-    found: dict[str, int] = {}
-    for call in recording.calls:
-        found[call.layer] = found.get(call.layer, 0) + 1
-    return found
+def _with_grads(recording: Recording) -> frozenset[tuple[str, int]]:
+    """The calls that gradients of parameters are noted with: the latest ones of their layers in each backward."""
+    return frozenset(
+        (call.layer, call.nth) for call in recording.calls if any(name.startswith("parameters/") for name in call.grads)
+    )
+
+
+def _alone_in_backward(call: RecordedCall, latest: frozenset[tuple[str, int]]) -> bool:
+    """Whether the gradients of parameters that are noted with a call are of this call alone."""
+    return not call.nth or (call.layer, call.nth - 1) in latest
 
 
 def _called(call: RecordedCall) -> str:
