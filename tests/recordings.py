@@ -43,7 +43,14 @@ class Writer:
     def layer(self, path: str, of_class: str, settings: dict[str, Any], parameters: dict[str, np.ndarray]) -> None:
         names = {name: self.tensor(f"layers/{path}/{name}", array) for name, array in parameters.items()}
         kind = of_class.rpartition(".")[2]
-        entry = {"path": path, "class": of_class, "kind": kind, "attention": kind.lower() == "multiheadattention"}
+        whole = {"whole": True} if of_class == "my.Whole" else {}
+        entry = {
+            "path": path,
+            "class": of_class,
+            "kind": kind,
+            "attention": kind.lower() == "multiheadattention",
+            **whole,
+        }
         self.journal.event({"layer": {**entry, "settings": settings, "parameters": names}})
 
     def call(

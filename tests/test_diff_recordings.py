@@ -609,6 +609,139 @@ def test_an_old_recording_is_not_judged_by_parameters_that_it_cannot_tell(tmp_pa
     assert (report.first_divergence, report.ok) == ("attn (call 2)", False)
 
 
+# -- what comes after the last layer ---------
+
+
+def ended(path: Path, times: float = 1.0, answer: Any = None, dtype: str = "float32") -> Path:
+    """One attention layer, and the model's own answer: its output through a norm, or what a test says."""
+    spec, x = MHASpec(16, 4, batch_first=True), inputs()
+    weights = MHAWeights.random(spec)
+    writer = Writer(path)
+    settings = {"embed_dim": 16, "num_heads": 4, "batch_first": True}
+    writer.layer("", "my.Whole", {}, {})
+    writer.layer("attn", recordings.CLASSES["torch"], settings, weights.to_layout("torch", spec))
+    output = reference.attend(spec, weights, recordings.Call(x, x, x)).output.astype(np.float32)
+    writer.call("attn", {"query": x, "key": x, "value": x}, [output, None])
+    made = (output / np.sqrt(np.square(output).mean(-1, keepdims=True)) * times).astype(dtype)
+    writer.call("", {}, [made] if answer is None else answer)
+    return writer.end()
+
+
+def test_a_fault_after_the_last_layer_is_found(tmp_path: Path) -> None:
+    first = ended(tmp_path / "a")
+    assert diff_recordings(first, ended(tmp_path / "b", 1 + 2.0**-22)).ok
+    report = diff_recordings(first, ended(tmp_path / "c", 1.001))
+    assert (report.first_divergence, report.verdict, report.exit_code) == ("(model)", "off", 1)
+    assert notes(report, "(model)") == "the fault lies between attn and the model's output"
+    assert report.notes == ()
+    assert diff_recordings(first, ended(tmp_path / "d", dtype="float64")).ok
+
+
+def test_an_answer_of_one_number_may_have_cancelled(tmp_path: Path) -> None:
+    def scalar(name: str, value: float) -> Path:
+        return ended(tmp_path / name, answer=[np.float32([value])])
+
+    first = scalar("a", 1.0)
+    assert diff_recordings(first, scalar("b", 1 + 1e-4)).ok
+    assert not diff_recordings(first, scalar("c", 1 + 1e-3)).ok
+    assert not diff_recordings(first, scalar("d", -1.0)).ok
+
+
+def test_where_there_is_no_answer_of_the_model_that_is_said(tmp_path: Path) -> None:
+    first = ended(tmp_path / "a")
+    said = "what comes after attn, the last layer that was recorded, was not compared"
+    report = diff_recordings(first, alone(tmp_path / "b", [inputs()] * 3))
+    assert (report.ok, report.exit_code) == (True, 0)
+    assert said in report.notes[-1]
+    cut = ended(tmp_path / "c", answer=[{"left_out": "a my.Cache"}])
+    report = diff_recordings(cut, first)
+    assert (report.ok, said in report.notes[-1]) == (True, True)
+    named = {"named": {"x": {"value": 1}, "y": {"left_out": "a my.Cache"}}}
+    report = diff_recordings(*(ended(tmp_path / name, answer=[named]) for name in "de"))
+    assert report.ok
+    assert report.notes[-1].startswith("what comes after attn was compared in part: output.y was left out")
+
+    def lose(document: Any) -> None:
+        document["inputs_from"] = "a"
+
+    report = diff_recordings(first, rewritten(ended(tmp_path / "f", 2.0), tmp_path / "g", lose))
+    assert (report.ok, "another run's inputs" in report.notes[-1]) == (True, True)
+
+    def only_the_model(document: Any) -> None:
+        document["calls"] = [call for call in document["calls"] if not call["layer"]]
+
+    report = diff_recordings(*[rewritten(first, tmp_path / "h", only_the_model)] * 2)
+    assert (report.ok, report.runs[0].reason) == (False, "nothing was recorded")
+
+
+# -- answers of other layers -------
+
+
+def answered(path: Path, *answers: Any, of_class: str = "my.Layer", names: Any = (), **arguments: Any) -> Path:
+    writer = Writer(path)
+    writer.layer("layer", of_class, {}, {})
+    writer.call("layer", {"x": inputs(), **arguments}, list(answers))
+    made = writer.end()
+    if not names:
+        return made
+    return rewritten(made, path.with_suffix(".named"), lambda d: d["calls"][0].update(output_names=list(names)))
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "verdict", "reason"),
+    [
+        (6.0, -30.0, "off", "relative difference"),
+        (6.0, 6.0, "equal", ""),
+        (6.0, np.array(6.0, "f4"), "equal", ""),
+        (3, 4, "off", "3 and 4"),
+        (3, True, "broken", "3 and True"),
+        ("a", "b", "off", "'a' and 'b'"),
+        ("a", 1.0, "broken", "'a' and a tensor"),
+        (1.0, None, "broken", "missing on the second side"),
+        (None, np.ones(2, "f4"), "broken", "missing on the first side"),
+    ],
+)
+def test_numbers_and_texts_are_compared(tmp_path: Path, first: Any, second: Any, verdict: str, reason: str) -> None:
+    report = diff_recordings(answered(tmp_path / "a", first), answered(tmp_path / "b", second))
+    found = comparison(report, "layer", "output")
+    assert (found.verdict, reason in found.reason) == (verdict, True)
+    assert report.exit_code == (0 if verdict == "equal" else 1)
+
+
+@pytest.mark.parametrize("asked", [None, True, False])
+def test_attention_weights_that_one_side_lacks_are_broken_if_it_was_asked(tmp_path: Path, asked: bool | None) -> None:
+    kind, output, weights = "my.MultiheadAttention", inputs(), np.ones((2, 6, 6), "f4")
+    given = {} if asked is None else {"need_weights": asked}
+    first = answered(tmp_path / "a", output, weights, of_class=kind)
+    report = diff_recordings(first, answered(tmp_path / "b", output, None, of_class=kind, **given))
+    assert report.exit_code == (0 if asked is False else 1)
+    if asked is False:
+        assert "attn_weights was left out on the second side (not asked for)" in notes(report, "layer")
+    else:
+        assert comparison(report, "layer", "attn_weights").reason == "missing on the second side"
+
+
+def test_what_lies_in_a_mapping_is_compared_by_its_name(tmp_path: Path) -> None:
+    x, y = inputs(), inputs() + 1
+
+    def nested(name: str, inner: Any) -> Path:
+        writer = Writer(tmp_path / name)
+        writer.layer("layer", "my.Layer", {}, {})
+        items = {key: writer.item(f"t/{key}", value) for key, value in inner.items()}
+        writer.call("layer", {"x": x}, [x, {"items": [{"value": 1}, {"named": items}]}])
+        return writer.end()
+
+    first = nested("a", {"p": x, "q": y})
+    assert diff_recordings(first, nested("b", {"q": y, "p": x})).verdict == "equal"
+    report = diff_recordings(first, nested("c", {"p": x, "q": -y}))
+    assert not comparison(report, "layer", "output.1.1.q").ok
+    report = diff_recordings(first, nested("d", {"p": x, "q": {"left_out": "a my.Thing"}}))
+    assert (report.exit_code, report.runs[1].reason) == (2, "1 of 1 calls are not whole: tensors were left out")
+    top = answered(tmp_path / "e", x, y, names=["p", "q"]), answered(tmp_path / "f", y, x, names=["q", "p"])
+    assert diff_recordings(*top).verdict == "equal"
+    assert not diff_recordings(top[0], answered(tmp_path / "g", y, x)).ok
+
+
 # -- gradients that are missing ----------------------------------------------------------------------------------------
 
 
@@ -785,6 +918,8 @@ def real(framework: str, path: Path, spec: Any, weights: Any, fault: str = "") -
             layer.norm2.eps = 1e-6
         if fault == "bias":
             model.layers[4].linear2.bias.data.zero_()
+        if fault == "last bias":
+            model.layers[11].linear2.bias.data.zero_()
         with torch.no_grad(), recording(model, path), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             model(torch.from_numpy(x), src_key_padding_mask=torch.from_numpy(mask))
@@ -810,9 +945,11 @@ def test_real_encoders_of_twelve_layers(tmp_path: Path) -> None:
     second = real("mindspore", tmp_path / "mindspore", spec, weights)
     report = diff_recordings(first, second)
     assert report.ok, [entry for entry in report.entries if not entry.ok][:3]
-    assert len(report.layers) == 12
+    assert len(report.layers) == 13
+    assert report.layers[-1].name == "(model)"
     assert any(entry.comparison.verdict == "rounding" for entry in report.entries)
-    for fault, layer in (("epsilon", "layers.1.self_attn"), ("bias", "layers.5.self_attn")):
+    for fault, layer in (("epsilon", "layers.1.self_attn"), ("bias", "layers.5.self_attn"), ("last bias", "(model)")):
         wrong = diff_recordings(second, real("torch", tmp_path / fault, spec, weights, fault))
         assert wrong.first_divergence == layer
-        assert "look before this layer" in notes(wrong, layer)
+        between = "between layers.11.self_attn and the model's output"
+        assert ("look before this layer" if layer != "(model)" else between) in notes(wrong, layer)

@@ -241,8 +241,8 @@ def trained(fw, record, folder):
         for number in range(4):
             if number == 2:
                 fw.change(parameter)
-            fw.net(*arguments(fw))
-    np.savez(folder / "expected.npz", name=name, value=fw.array(parameter))
+            answer = fw.net(*arguments(fw))
+    np.savez(folder / "expected.npz", name=name, value=fw.array(parameter), answer=fw.array(answer))
 
 
 def half(fw, record, folder):

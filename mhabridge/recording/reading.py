@@ -37,7 +37,8 @@ class Item:
         tensor: the name of the tensor that was kept.
         same_as: the argument of the same call that it is.
         left_out: why it was not kept.
-        items: of a tuple or list.
+        items: of a tuple, a list, a mapping or a dataclass.
+        names: of the items; none of a tuple or list.
         value: a plain value.
     """
 
@@ -46,6 +47,7 @@ class Item:
     left_out: str = ""
     items: tuple[Item, ...] | None = None
     value: Any = None
+    names: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +61,7 @@ class RecordedLayer:
         attention: whether it is an attention layer that the recorder knows.
         settings: its plain attributes, by name.
         parameters: the tensors' names, by the parameters' native names; values as at the layer's first recorded call.
+        whole: whether it is the model itself, of which only the answer was recorded.
     """
 
     path: str
@@ -67,6 +70,7 @@ class RecordedLayer:
     attention: bool
     settings: dict[str, Any]
     parameters: dict[str, str]
+    whole: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,6 +87,7 @@ class RecordedCall:
         grads: by what they are of: "arguments/query", "outputs/0", "parameters/in_proj_weight".
         parameters: what the layer's parameters were at this call, by their native names.
         changed: whether they are others than at the layer's call before.
+        output_names: of the outputs; none where they have only their places.
     """
 
     index: int
@@ -94,6 +99,7 @@ class RecordedCall:
     grads: dict[str, Item]
     parameters: dict[str, Item] = dataclasses.field(default_factory=dict)
     changed: bool = False
+    output_names: tuple[str, ...] = ()
 
     def item(self, name: str) -> Item:
         """An argument; where it is the same as another, that one."""
@@ -116,6 +122,7 @@ class Recording:
         calls: in the order in which they ran.
         file: the tensors.
         follows: whether a layer's later calls say which parameters have changed; old recordings do not.
+        stepped: whether the layers were given another recording's inputs.
     """
 
     path: Path
@@ -128,6 +135,7 @@ class Recording:
     calls: tuple[RecordedCall, ...]
     file: StoredFile
     follows: bool = True
+    stepped: bool = False
 
     def __enter__(self) -> Recording:
         return self
@@ -234,6 +242,7 @@ class _Reader:
             self._with_parameters(sorted(calls, key=lambda call: call.index), layers),
             self.file,
             found > 1,
+            document.get("inputs_from") is not None,
         )
 
     def _with_parameters(
@@ -259,7 +268,8 @@ class _Reader:
         kept = {name: self._tensor(tensor) for name, tensor in parameters.items()}
         names = {name: item.tensor for name, item in kept.items() if item.tensor}
         kind, attention = self._text(entry, "kind"), entry.get("attention") is True
-        return RecordedLayer(path, self._text(entry, "class"), kind, attention, settings, names)
+        whole = entry.get("whole") is True
+        return RecordedLayer(path, self._text(entry, "class"), kind, attention, settings, names, whole)
 
     def _call(self, entry: Any, layers: Mapping[str, RecordedLayer]) -> RecordedCall:
         layer = self._text(entry, "layer")
@@ -277,7 +287,11 @@ class _Reader:
         training = entry.get("training") is True
         parameters = {name: self._item(given) for name, given in self._object(entry, "parameters").items()}
         index, nth = self._count(entry, "index"), self._count(entry, "nth")
-        return RecordedCall(index, layer, nth, training, arguments, outputs, grads, parameters)
+        names = tuple(self._list(entry, "output_names"))
+        fine = all(isinstance(name, str) and name for name in names) and len(set(names)) == len(outputs)
+        if names and not fine:
+            self._refuse(f"its outputs are called {names!r:.80}")
+        return RecordedCall(index, layer, nth, training, arguments, outputs, grads, parameters, output_names=names)
 
     def _item(self, given: Any) -> Item:
         if not isinstance(given, dict) or len(given) != 1:
@@ -287,6 +301,8 @@ class _Reader:
             return self._tensor(content)
         if kind == "items" and isinstance(content, list):
             return Item(items=tuple(map(self._item, content)))
+        if kind == "named" and isinstance(content, dict):
+            return Item(items=tuple(map(self._item, content.values())), names=tuple(content))
         if kind == "value" and isinstance(content, _SCALARS):
             return Item(value=content)
         if kind == "same_as" and isinstance(content, str) and content:

@@ -54,12 +54,14 @@ class Compared:
         notes: what could not be compared, and what is worth knowing.
         drift: how far apart the inputs are, and the outputs where each side's is right.
         not_whole: what could not be compared although it should have been, and on which side (0 or 1) for that.
+        unit: the larger unit roundoff of the two sides; 0 where nothing floats.
     """
 
     found: list[Found] = dataclasses.field(default_factory=list)
     notes: list[str] = dataclasses.field(default_factory=list)
     drift: list[Apart] = dataclasses.field(default_factory=list)
     not_whole: list[tuple[int, str]] = dataclasses.field(default_factory=list)
+    unit: float = 0.0
 
     def add(self, tensor: str, comparison: Comparison, role: str, one_side: str = "") -> None:
         """Add one compared tensor."""
@@ -88,7 +90,7 @@ def compare_attention(
         weights: how the weights are compared: "recorded" bit for bit, "trained" by what training makes of rounding;
             "" where they are what they were at the call before.
     """
-    compared = Compared()
+    compared = Compared(unit=unit_of(first.dtype, second.dtype))
     _compare_settings(first, second, compared)
     arrays = first.layer.weights.arrays(), second.layer.weights.arrays()
     if weights == "recorded":

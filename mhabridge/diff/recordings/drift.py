@@ -135,16 +135,19 @@ class Drift:
             later.add(found)
         return later
 
-    def explains(self, found: Apart, unit: float, times: float = 1.0) -> str:
+    def explains(self, found: Apart, unit: float, elements: int = 0) -> str:
         """Why rounding does not explain a difference; empty when it does.
 
         Args:
             found: the difference.
             unit: u, the larger unit roundoff of the two sides.
-            times: how often the bound is allowed.
+            elements: how many there are, if so few that they may have cancelled (``luck``); 0 for no such allowance.
         """
+        times = luck(elements) if elements else 1.0
         whole = times * math.hypot(GROWTH * self._whole, FRESH * self._times * unit)
         scale = times * math.hypot(GROWTH * self._scale, SCALE * self._times * unit)
+        if elements:  # errors of n elements that know nothing of each other have this much of a common scale
+            scale = max(scale, whole / math.sqrt(elements))
         if not found.whole <= whole:
             return f"a relative difference of {found.whole:.2g}, where rounding explains {whole:.2g}"
         if not found.row <= ROW * whole:
@@ -165,7 +168,7 @@ class Drift:
         infinite: bool = False,
         *,
         whole: tuple[np.ndarray | None, np.ndarray | None] = (None, None),
-        times: float = 1.0,
+        few: bool = False,
     ) -> tuple[Comparison, Apart]:
         """Compare two tensors that came a long way.
 
@@ -175,7 +178,7 @@ class Drift:
             unit: u.
             infinite: whether both may have the same infinity: masks do.
             whole: what the two are parts of, where a difference is to be seen beside all of that.
-            times: how often the bound is allowed.
+            few: whether they may be so few elements that they have cancelled.
 
         Returns:
             The comparison, and how far they are apart (nothing, where that cannot be said).
@@ -193,7 +196,7 @@ class Drift:
             if measure.strange is None:
                 a, b = whole
                 found = apart(first, second) if a is None or b is None or a.shape != b.shape else apart(a, b)
-                why = self.explains(found, unit, times)
+                why = self.explains(found, unit, first.size if few else 0)
         comparison = decide(first, second, measure, within=not why)
         if comparison.verdict == "off" and why:
             comparison = dataclasses.replace(comparison, reason=why)

@@ -170,7 +170,7 @@ def signature(side: Recording, layer: RecordedLayer) -> tuple[Any, ...]:
     """What two layers must have in common to be matched by their order: kind, heads, and how many numbers they hold."""
     sizes = sum(side.file[name].size for name in layer.parameters.values())
     settings = layer.settings
-    return kind_of(layer), str(settings.get("embed_dim")), str(settings.get("num_heads")), sizes
+    return layer.whole, kind_of(layer), str(settings.get("embed_dim")), str(settings.get("num_heads")), sizes
 
 
 def pairs(first: Recording, second: Recording, layers: Mapping[str, tuple[str, str]]) -> list[Pair]:

@@ -9,7 +9,8 @@ import numpy as np
 
 from mhabridge.diff.comparing import Comparison
 from mhabridge.diff.diagnosis import Diagnosis
-from mhabridge.diff.recordings import explaining
+from mhabridge.diff.recordings import explaining, whole
+from mhabridge.diff.recordings.answers import Apart
 from mhabridge.diff.recordings.attention_calls import Compared, compare_attention
 from mhabridge.diff.recordings.canonical import (
     AttentionCall,
@@ -24,6 +25,7 @@ from mhabridge.diff.recordings.judging import Material
 from mhabridge.diff.recordings.matching import Pair, kind_of, weights_at
 from mhabridge.diff.recordings.plain_calls import compare_plain
 from mhabridge.diff.recordings.single_step import SingleStep
+from mhabridge.diff.recordings.whole import compare_whole
 from mhabridge.diff.report import REFERENCE, Entry, Layer, Picture
 from mhabridge.errors import CheckpointError, MHABridgeError
 from mhabridge.recording.reading import RecordedCall, RecordedLayer, Recording
@@ -75,6 +77,7 @@ class Walk:
         self.pictures: list[Picture] = []
         self.divergence: str | None = None
         self.drift = Drift()
+        self._unit, self._latest = 0.0, ""
         self.not_whole: tuple[list[str], list[str]] = ([], [])
         self._with_grads = [_with_grads(side) for side in (first, second)]
         self._explained: dict[frozenset[str], int] = {}
@@ -90,19 +93,33 @@ class Walk:
         backward = None
         if not isinstance(calls, str) and self._unsure(pair.first, pair.second, calls):
             calls = UNTOLD
+        sides = (self.first, first, pair.first), (self.second, second, pair.second)
+        if whole.is_whole(*sides):
+            return self._whole(name, pair, compare_whole(*sides, Apart(self.drift, self.turned, self._unit, True)))
         if isinstance(calls, str):
-            sides = (self.first, first, pair.first), (self.second, second, pair.second)
             compared = compare_plain(*sides, self.drift, self.turned)
             compared.notes += [] if calls == "plain" else [calls]
         else:
             compared, backward = self._compare(name, pair.first, pair.second, calls)
         for side, why in compared.not_whole:
             self.not_whole[side].append(f"{name}: {why}")
+        self._unit, self._latest = max(self._unit, compared.unit), name
         diverges = self._settle(name, compared)
         notes = [explaining.cause(compared), *compared.notes] if diverges else compared.notes
         entries = [self._entry(name, each.tensor, each.comparison, each.one_side) for each in compared.found]
         layer = Layer(name, _called(pair.second), first.kind, pair.matched, tuple(filter(None, notes)))
         return Step(layer, tuple(entries), backward, compared.ok)
+
+    def _whole(self, name: str, pair: Pair, compared: Compared) -> Step:
+        """A call of the model itself: what comes after the last layer."""
+        assert pair.second is not None
+        notes = list(compared.notes)
+        if not compared.ok:
+            notes.insert(0, whole.cause(self._latest, self.divergence))
+            self.divergence = name if self.divergence is None else self.divergence
+        entries = [self._entry(name, each.tensor, each.comparison) for each in compared.found]
+        layer = Layer(name, _called(pair.second), "", pair.matched, tuple(notes))
+        return Step(layer, tuple(entries), None, compared.ok)
 
     def _unsure(self, a: RecordedCall, b: RecordedCall, calls: tuple[AttentionCall, AttentionCall]) -> bool:
         """Whether what is off may be so since the parameters were others than those that are known."""
@@ -118,7 +135,7 @@ class Walk:
         assert call is not None
         layer, name, side = self._layer(number, call), _called(call), self.names[number]
         entry = self._missing(name, number)
-        holds = layer.attention or bool(layer.parameters)
+        holds = not layer.whole and (layer.attention or bool(layer.parameters))
         other = (self.second, self.first)[number]
         notes = [f"only {side} has this call"]
         if not other.complete:
