@@ -341,6 +341,21 @@ def test_order_does_not_match_other_shapes(tmp_path: Path) -> None:
     assert {entry.layer for entry in report.entries if entry.tensor == "call"} == {"text.1", "blocks.1"}
 
 
+def test_a_layer_that_is_dropped_is_told_by_the_weights_of_the_others(tmp_path: Path) -> None:
+    record(tmp_path / "a", "torch", encoder("torch"), names="text.{}", seed=1)
+    blocks = encoder("megengine")
+    del blocks[1]
+    record(tmp_path / "b", "megengine", blocks, names="blocks.{}", seed=2)
+    report = diff_recordings(tmp_path / "a", tmp_path / "b")
+    assert [(layer.name, layer.other) for layer in report.layers] == [
+        ("text.0", "blocks.0"),
+        ("text.1", ""),
+        ("text.2", "blocks.1"),
+        ("text.3", "blocks.2"),
+    ]
+    assert report.first_divergence == "text.1"
+
+
 def test_in_order_of_ending() -> None:
     calls = [RecordedCall(n, name, 0, False, {}, (), {}) for n, name in enumerate(["a", "a.b", "a", "a.b", "ab"])]
     assert [call.index for call in matching.in_order_of_ending(calls)] == [1, 0, 3, 2, 4]
@@ -424,6 +439,28 @@ def test_wrong_gradients_diverge_from_the_end(tmp_path: Path) -> None:
     found = comparison(report, "layers.2.self_attn", "grads.query")
     assert (found.verdict, found.side) == ("off", "second")
     assert comparison(report, "layers.3.self_attn", "grads.query").ok
+    assert report.diagnosis is not None
+    assert report.diagnosis.words == "Unexplained: what comes out is right, and these gradients are not: grads.query."
+
+
+def test_a_fault_in_backward_alone_is_explained(tmp_path: Path) -> None:
+    first = record(tmp_path / "a", "torch", encoder("torch"), grad=True, seed=1).path
+    data = bytearray(first.read_bytes())
+    with open_recording(first) as recording:
+        for name, item in recording.calls[2].grads.items():
+            tensor = recording.stored(item)
+            assert tensor is not None
+            if name.startswith("parameters/"):
+                offset, length = tensor.extents[0].offset, tensor.extents[0].length
+                halved = np.frombuffer(data[offset : offset + length], "<f4") * np.float32(0.5)
+                data[offset : offset + length] = halved.tobytes()
+    (tmp_path / "b").write_bytes(data)
+    report = diff_recordings(first, tmp_path / "b")
+    assert report.first_divergence == "layers.2.self_attn"
+    assert report.diagnosis is not None
+    assert (report.diagnosis.layer, report.diagnosis.side) == ("layers.2.self_attn", str(tmp_path / "b"))
+    assert {fault.name for fault in report.diagnosis.faults} == {"gradient scaled"}
+    assert "0.5 times" in report.diagnosis.words
 
 
 # -- one layer by hand -------------------------------------------------------------------------------------------------
@@ -804,6 +841,11 @@ def test_single_step_sees_a_layer_behind_an_early_error(tmp_path: Path) -> None:
     steps = [comparison(report, f"layers.{number}.self_attn", "single_step.output") for number in range(4)]
     assert [step.verdict in ("equal", "rounding") for step in steps] == [True, True, False, True]
     assert steps[2].side == "second"
+    assert report.first_divergence == "layers.1.self_attn"  # where what came in differs first
+    assert [entry.tensor for entry in report.of_layer("layers.3.self_attn") if not entry.ok] == []
+    assert "its inputs differ, as what comes after" in notes(report, "layers.3.self_attn")
+    assert "the weights differ" in notes(report, "layers.2.self_attn")
+    assert not [layer for layer in report.layers if any("computes something else" in note for note in layer.notes)]
 
 
 def test_single_step_without_the_backend_says_so(tmp_path: Path) -> None:
@@ -894,6 +936,65 @@ def test_the_tree_escapes_what_a_terminal_obeys(tmp_path: Path, capsys: pytest.C
     record(tmp_path / "a", "torch", encoder("torch", layers=1), names="\x1b[2J{}")
     trees.print_tree(diff_recordings(tmp_path / "a", tmp_path / "a"))
     assert "\x1b" not in capsys.readouterr().out
+
+
+def test_notes_are_said_and_what_was_not_tried(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    diff_command = pytest.importorskip("mhabridge.cli.diff_recordings")
+    kind, output, weights = "my.MultiheadAttention", inputs(), np.ones((2, 6, 6), "f4")
+    first = answered(tmp_path / "a", output, weights, of_class=kind)
+    diff_command.show(diff_recordings(first, first))
+    said = capsys.readouterr().out
+    assert "not held against the reference: on the first side" in said
+    assert said.endswith("verdict: rounding explains every difference\n")
+    diff_command.show(diff_recordings(first, answered(tmp_path / "b", -output, weights, of_class=kind)))
+    said = capsys.readouterr().out
+    assert "Unexplained: nothing was tried" in said
+    assert said.endswith("verdict: NOT ok: 1 of 3 tensors differ by more than rounding, first in layer\n")
+
+    def lose(document: Any) -> None:
+        document.update(complete=False, left_out=["a: too large", "b: too large", "c: gone"])
+
+    diff_command.show(diff_recordings(first, rewritten(first, tmp_path / "c", lose)))
+    said = capsys.readouterr().out
+    assert "c: a and 1 more: too large\n" in said
+    assert said.endswith("c: the recording broke off, or its run ended with an error\n")
+
+
+def test_long_runs_with_one_note_say_it_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    record(tmp_path / "a", "torch", encoder("torch", layers=8), mask=padding())
+    passed = np.where(padding(), np.float32(-np.inf), np.float32(0.0))
+    record(tmp_path / "b", "torch", encoder("torch", layers=8), mask=padding(), passed=passed)
+    trees.print_tree(diff_recordings(tmp_path / "a", tmp_path / "b"))
+    lines = capsys.readouterr().out.splitlines()
+    assert sum("masks as passed" in line for line in lines) == 1
+    assert any("... 6 layers equal or rounding, noted as above" in line for line in lines)
+    assert len(lines) == 6
+
+
+# -- the command ------
+
+
+def test_the_command_says_what_to_do_next(tmp_path: Path) -> None:
+    testing = pytest.importorskip("click.testing")
+    from mhabridge.cli import diff, diff_checkpoints, record_kit
+    from mhabridge.cli import diff_recordings as command
+
+    path, _ = pair(tmp_path)
+    record(tmp_path / "c", "torch", encoder("torch", layers=1), finished=False).journal.close()
+    run = testing.CliRunner().invoke
+    found = run(command.command, [str(path), str(tmp_path / "c")])
+    assert "c.journal is there" in str(found.exception)
+    found = run(command.command, [str(path), str(path), "--png", str(tmp_path / "x.jpg")])
+    assert (found.exit_code, "does not end in .png" in found.output) == (2, True)
+    for each in (command.command, diff_checkpoints.command):
+        found = run(each, [str(path), str(path), "--rename", "foo"])
+        assert isinstance(found.exception, ArgumentError)
+        assert "--drop" not in str(found.exception)
+    found = run(diff.command, ["--backends", "torch,"])
+    assert (found.exit_code, "names of backends" in found.output) == (2, True)
+    said = run(record_kit.command, ["--help"]).output
+    assert "\\b" not in said
+    assert '  with mhabridge_record.record(model, "a.safetensors"):\n' in said
 
 
 # -- real models -------------------------------------------------------------------------------------------------------

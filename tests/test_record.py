@@ -236,6 +236,16 @@ def test_parameters_that_change_are_recorded_again(framework: str, run: Run) -> 
     assert not any("parameters" in call for call in found.metadata["calls"] if call["layer"] != "first")
 
 
+def test_a_copy_that_is_made_meanwhile_is_not_recorded(framework: str, run: Run) -> None:
+    folder = run("copied")
+    wanted, found = expected(folder), opened(folder)
+    same(wanted["after"], wanted["before"])
+    assert np.abs(wanted["copied"] - wanted["before"]).max() > 1e-3
+    calls = [call["layer"] for call in found.metadata["calls"]]
+    assert calls == ["first", "second.0", "second.0", ""] * 2
+    assert not any("parameters" in call for call in found.metadata["calls"])
+
+
 # -- gradients ---------------------------------------------------------------------------------------------------------
 
 

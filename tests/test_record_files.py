@@ -454,6 +454,8 @@ def test_a_file_that_appears_meanwhile_is_safe(target: Path, reading: Reading) -
 
 
 def test_options_and_places_that_cannot_be(target: Path) -> None:
+    with pytest.raises(ArgumentTypeError, match="path: given None"):
+        recorder(chain(), None)  # type: ignore[arg-type]
     with pytest.raises(ArgumentError, match="limit"):
         recorder(chain(), target, limit=-1)
     with pytest.raises(CheckpointError, match="a folder that does not exist"), recorder(chain(), target / "b"):

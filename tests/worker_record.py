@@ -245,6 +245,20 @@ def trained(fw, record, folder):
     np.savez(folder / "expected.npz", name=name, value=fw.array(parameter), answer=fw.array(answer))
 
 
+def copied(fw, record, folder):
+    """A copy of the net that is made meanwhile computes by itself, and is no call of the net."""
+    import copy
+
+    given = arguments(fw)
+    with record(fw.net, folder / "a.safetensors"):
+        before = fw.array(fw.net(*given))
+        other = copy.deepcopy(fw.net)
+        fw.change(next(iter(fw.parameters(other.first).values())))
+        copied = fw.array(other(*given))
+        after = fw.array(fw.net(*given))
+    np.savez(folder / "expected.npz", before=before, copied=copied, after=after)
+
+
 def half(fw, record, folder):
     """A layer of a half precision, which is the model itself."""
     layer, x = fw.half()

@@ -19,10 +19,10 @@ import numpy as np
 from mhabridge.checkpoint.formats import safetensors_file, safetensors_header
 from mhabridge.checkpoint.storage import checking
 from mhabridge.checkpoint.storage.stored import StoredFile, StoredTensor
-from mhabridge.errors import ArgumentTypeError, UnsupportedError
+from mhabridge.errors import ArgumentTypeError, CheckpointError, UnsupportedError
 from mhabridge.recording import reading_journal
 from mhabridge.recording.contents import FORMATS, METADATA_KEY
-from mhabridge.recording.journal import MAGIC
+from mhabridge.recording.journal import ENDING, MAGIC
 from mhabridge.recording.reading_journal import damaged
 
 _DEEPEST = 16  # lists and objects in each other
@@ -188,6 +188,14 @@ def open_recording(path: str | os.PathLike[str]) -> Recording:
     if not isinstance(path, (str, os.PathLike)):
         raise ArgumentTypeError("path", given=repr(path), expected="a path: a string or a pathlib.Path")
     path = Path(path)
+    journal_beside = path.with_name(path.name + ENDING)
+    if path.name and not os.path.lexists(path) and journal_beside.is_file():
+        raise CheckpointError(
+            str(path),
+            given="nothing there",
+            expected="a recording",
+            advice=f"{journal_beside} is there: the journal of a recording that still runs or broke off. Compare that.",
+        )
     with checking.opened(path) as descriptor:
         journal = os.pread(descriptor, len(MAGIC), 0) == MAGIC
     file, document = reading_journal.read(path) if journal else _finished(path)

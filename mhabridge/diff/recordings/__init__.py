@@ -65,7 +65,7 @@ def diff_recordings(
         walk = Walk(first, second, names, is_turned(first, second, layers), backend, pictures)
         paired = pairs(first, second, layers)
         steps = [walk.step(pair) for pair in paired]
-        gradients, backward = _gradients(steps, walk)
+        gradients, backward = _gradients(steps, paired, walk)
         entries = [entry for step in steps for entry in (*step.entries, *gradients.get(step.layer.name, ()))]
         return DiffReport(
             tuple(_run(*side) for side in zip(names, (first, second), walk.not_whole, strict=True)),
@@ -91,10 +91,10 @@ def _after_the_last(first: Recording, second: Recording, paired: list[Pair], ste
     return [note] if note else []
 
 
-def _gradients(steps: list[Step], walk: Walk) -> tuple[dict[str, tuple[Entry, ...]], str | None]:
+def _gradients(steps: list[Step], paired: list[Pair], walk: Walk) -> tuple[dict[str, tuple[Entry, ...]], str | None]:
     """The entries of gradients by layer, and where they diverge first: backwards, so from the last layer on."""
     drift, found, divergence = walk.drift.backward(), {}, None
-    for step in reversed(steps):
+    for step, pair in zip(reversed(steps), reversed(paired), strict=True):
         if step.backward is None:
             continue
         name = step.layer.name
@@ -102,6 +102,8 @@ def _gradients(steps: list[Step], walk: Walk) -> tuple[dict[str, tuple[Entry, ..
         found[name] = tuple(Entry(name, tensor, *walk.names, each) for tensor, each in compared.items())
         if divergence is None and not all(each.ok for each in compared.values()):
             divergence = name
+            if walk.divergence is None:
+                walk.explain_backward(name, pair, compared)
     return found, divergence
 
 

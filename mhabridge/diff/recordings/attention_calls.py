@@ -35,7 +35,7 @@ class Found:
     Args:
         tensor: as in ``Entry``.
         comparison: likewise.
-        role: "settings", "weights", "inputs", "mask" or "computed".
+        role: "settings", "weights", "inputs", "mask", "computed" or "single_step".
         one_side: "" when both sides are compared; the side that is held against the reference alone.
     """
 

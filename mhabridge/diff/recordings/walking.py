@@ -99,6 +99,8 @@ class Walk:
         if isinstance(calls, str):
             compared = compare_plain(*sides, self.drift, self.turned)
             compared.notes += [] if calls == "plain" else [calls]
+            if calls != "plain" and compared.wrong("computed"):
+                self._say_unexplained(name)
         else:
             compared, backward = self._compare(name, pair.first, pair.second, calls)
         for side, why in compared.not_whole:
@@ -157,6 +159,7 @@ class Walk:
         compared = compare_attention(*calls, frameworks, self.drift, weights_at(a, b))
         if self.single_step is not None:
             self.single_step.add_to(compared, *calls, frameworks[0])
+            self._discount_inputs(compared)
         self._explain(name, compared, calls)
         if self.wants_pictures:
             self._draw(name, compared, calls)
@@ -166,6 +169,37 @@ class Walk:
         )
         once = _alone_in_backward(a, self._with_grads[0]) and _alone_in_backward(b, self._with_grads[1])
         return compared, compare_gradients(calls, grads, frameworks, once, compared)
+
+    def _discount_inputs(self, compared: Compared) -> None:
+        """What came in is no fault of a layer that ran on the first side's inputs, once an earlier one diverges."""
+        stepped = any(each.role == "single_step" for each in compared.found)
+        if stepped and self.divergence is not None and compared.wrong("inputs"):
+            compared.found = [each for each in compared.found if each.role != "inputs"]
+            compared.drift.clear()
+            compared.notes.append(
+                f"its inputs differ, as what comes after {self.divergence} does: it ran on the first's"
+            )
+
+    def _say_unexplained(self, name: str) -> None:
+        if len(self.diagnoses) < explaining.MOST:
+            words = "Unexplained: nothing was tried, since the layer could not be held against the reference."
+            self.diagnoses.append(Diagnosis(name, self.names[1], words=words))
+
+    def explain_backward(self, name: str, pair: Pair, found: dict[str, Comparison]) -> None:
+        """Ask what explains gradients, of a layer whose forward computation is right."""
+        if pair.first is None or pair.second is None or len(self.diagnoses) >= explaining.MOST:
+            return
+        calls = self._attention(pair.first, pair.second)
+        if isinstance(calls, str):
+            return
+        for number, (side, call) in enumerate(((self.first, pair.first), (self.second, pair.second))):
+            grads = canonical_grads(side, call, calls[number].layer).arrays
+            wrong = explaining.explain_gradients(calls[number], grads, found, number, side.framework)
+            if wrong is not None:
+                self.diagnoses.append(dataclasses.replace(wrong, layer=name, side=self.names[number]))
+                return
+        words = explaining.unexplained_gradients(found)
+        self.diagnoses.append(Diagnosis(name, self.names[1], words=words))
 
     def _explain(self, name: str, compared: Compared, calls: tuple[AttentionCall, AttentionCall]) -> None:
         """Ask what explains a layer, unless two with the same tensors wrong have been asked of: the search is slow."""
@@ -185,7 +219,7 @@ class Walk:
         if self.divergence is None:
             self.divergence = name
             return True
-        if compared.wrong("inputs") and not compared.wrong("settings", "weights", "mask", "computed"):
+        if compared.wrong("inputs") and not compared.wrong("settings", "weights", "mask", "computed", "single_step"):
             compared.notes.append(f"its inputs differ: what comes after {self.divergence} does")
             return False
         return True
