@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import subprocess
 import sys
@@ -120,6 +121,9 @@ def test_before_2_0_the_layers_forward_is_wrapped(target: Path, monkeypatch: pyt
     given = x.requires_grad_()
     with record(layer, target, grads=True):
         layer(given, given, given, need_weights=False, is_causal=False)[0].sum().backward()
+        other = copy.deepcopy(layer)
+        other.out_proj.bias.data += 1
+        assert (other(x, x, x)[0] - layer.forward.forward(x, x, x)[0]).min() > 0.9
     assert "forward" not in vars(layer)
     (call,) = opened(target).metadata["calls"]
     assert call["arguments"]["need_weights"] == {"value": False}
