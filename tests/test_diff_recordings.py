@@ -635,6 +635,22 @@ def test_each_call_is_judged_by_its_own_parameters(tmp_path: Path) -> None:
     assert comparison(report, "attn (call 2)", "output").side == "second"
 
 
+def test_a_parameter_that_was_left_out_is_not_missing(tmp_path: Path) -> None:
+    first = stepped(tmp_path / "a")
+
+    def lose(document: Any) -> None:
+        del document["layers"]["attn"]["parameters"]["in_proj_weight"]
+        document["calls"][0]["parameters"] = {"in_proj_weight": {"left_out": "the limit was reached"}}
+
+    report = diff_recordings(first, rewritten(first, tmp_path / "b", lose))
+    assert report.ok
+    assert "the parameters are not compared: in_proj_weight: given a parameter that was left out" in notes(
+        report, "attn"
+    )
+    assert "not held against the reference" in notes(report, "attn")
+    assert comparison(report, "attn (call 2)", "output").distances[1].ok
+
+
 def test_an_old_recording_is_not_judged_by_parameters_that_it_cannot_tell(tmp_path: Path) -> None:
     first, second = (stepped(tmp_path / name, form=1, told=False) for name in "ab")
     report = diff_recordings(first, second)

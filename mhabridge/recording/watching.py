@@ -159,7 +159,7 @@ class Watcher:
             training = self.adapter.training(one.layer)
             running.entry.update(index=running.index, layer=one.path, nth=running.nth, training=training)
             if not running.nth:
-                self._describe(one)
+                self._describe(one, running)
             elif self.options.parameters and not running.whole:
                 self._follow(one, running)
         one.latest = running.index
@@ -212,7 +212,7 @@ class Watcher:
 
     # -- a layer -------------------------------------------------------------------------------------------------------
 
-    def _describe(self, one: Watched) -> None:
+    def _describe(self, one: Watched, running: Running) -> None:
         """What the layer is, with its parameters as they are at its first call."""
         entry: dict[str, Any] = {"path": one.path, **self.adapter.names(one.layer)}
         entry.update(attention=one.attention, settings=one.settings, parameters={})
@@ -226,6 +226,8 @@ class Watcher:
             kept = self.ledger.keep(f"layers/{one.path}/{name}", tensor)
             if "tensor" in kept:
                 entry["parameters"][name] = kept["tensor"]
+            else:
+                running.entry.setdefault("parameters", {})[name] = kept
         self.ledger.event({"layer": entry})
 
     def _follow(self, one: Watched, running: Running) -> None:
