@@ -32,10 +32,10 @@ VERSIONS = {"torch": "2.13.0", "mindspore": "2.10.0", "megengine": "1.13.0"}
 class Writer:
     """One recording: a journal that becomes a file."""
 
-    def __init__(self, path: Path, framework: str = "torch", version: str = "") -> None:
+    def __init__(self, path: Path, framework: str = "torch", version: str = "", form: int = 2) -> None:
         self.path, self.framework = path, framework
         self.journal = Journal(path.with_name(path.name + ".journal"))
-        start = {"format": 1, "framework": framework, "version": version or VERSIONS[framework]}
+        start = {"format": form, "framework": framework, "version": version or VERSIONS[framework]}
         self.journal.event({"start": {**start, "environment": {"python": "3.11", "device": "cpu"}}})
         self.count = 0
         self.nth: dict[str, int] = {}
@@ -43,7 +43,14 @@ class Writer:
     def layer(self, path: str, of_class: str, settings: dict[str, Any], parameters: dict[str, np.ndarray]) -> None:
         names = {name: self.tensor(f"layers/{path}/{name}", array) for name, array in parameters.items()}
         kind = of_class.rpartition(".")[2]
-        entry = {"path": path, "class": of_class, "kind": kind, "attention": kind.lower() == "multiheadattention"}
+        whole = {"whole": True} if of_class == "my.Whole" else {}
+        entry = {
+            "path": path,
+            "class": of_class,
+            "kind": kind,
+            "attention": kind.lower() == "multiheadattention",
+            **whole,
+        }
         self.journal.event({"layer": {**entry, "settings": settings, "parameters": names}})
 
     def call(
@@ -53,6 +60,7 @@ class Writer:
         outputs: list[Any],
         grads: dict[str, np.ndarray] | None = None,
         training: bool = False,
+        parameters: dict[str, np.ndarray] | None = None,
     ) -> None:
         prefix, index, self.count = f"calls/{self.count:06d}", self.count, self.count + 1
         nth = self.nth.get(layer, 0)
@@ -65,6 +73,9 @@ class Writer:
                 seen.setdefault(id(value), name)
         made = [self.item(f"{prefix}/outputs/{number}", value) for number, value in enumerate(outputs)]
         event = {"index": index, "layer": layer, "nth": nth, "training": training, "arguments": items, "outputs": made}
+        if parameters:
+            kept = {name: self.item(f"{prefix}/parameters/{name}", value) for name, value in parameters.items()}
+            event["parameters"] = kept
         self.journal.event({"call": event})
         if grads:
             kept = {name: self.item(f"{prefix}/grads/{name}", value) for name, value in grads.items()}

@@ -112,7 +112,7 @@ def deep(depth: int) -> Any:
 @pytest.mark.parametrize(
     ("path", "value"),
     [
-        (("format",), 2),
+        (("format",), 3),
         (("format",), True),
         (("framework",), 3),
         (("layers",), []),
@@ -131,6 +131,8 @@ def deep(depth: int) -> Any:
         (("layers", "layers.0.self_attn", "settings"), {"num_heads": [4]}),
         (("layers", "layers.0.self_attn", "parameters"), {"in_proj_weight": "nowhere"}),
         (("left_out",), ["\ud800"]),
+        (("calls", 1, "parameters"), {"in_proj_weight": {"tensor": "nowhere"}}),
+        (("calls", 1, "parameters"), ["in_proj_weight"]),
     ],
 )
 def test_hostile_recordings_are_refused(tmp_path: Path, path: tuple[Any, ...], value: Any) -> None:

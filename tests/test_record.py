@@ -116,7 +116,7 @@ def check_plain(framework: str, folder: Path) -> None:
     same(wanted["after"], wanted["before"])
     same(wanted["again"], wanted["before"])
     metadata = found.metadata
-    assert (metadata["format"], metadata["framework"], metadata["complete"]) == (1, framework, True)
+    assert (metadata["format"], metadata["framework"], metadata["complete"]) == (2, framework, True)
     assert {"python", "numpy", "platform", "device"} <= metadata["environment"].keys()
     assert [(c["index"], c["layer"], c["nth"], c["training"]) for c in metadata["calls"]] == [
         (0, "first", 0, False),
@@ -225,6 +225,27 @@ def test_a_drop_in_is_recorded_once_a_call_with_what_it_has_beyond(framework: st
     assert output(found, 0, 1).shape == (2, 3, 3)
 
 
+def test_parameters_that_change_are_recorded_again(framework: str, run: Run) -> None:
+    """One of the first layer's changes between two calls; the others, and the other layers', do not."""
+    folder = run("trained")
+    found, wanted = opened(folder), expected(folder)
+    calls = [call for call in found.metadata["calls"] if call["layer"] == "first"]
+    name = str(wanted["name"])
+    assert [sorted(call.get("parameters", {})) for call in calls] == [[], [], [name], []]
+    same(found.read(calls[2]["parameters"][name]["tensor"]), wanted["value"])
+    assert not any("parameters" in call for call in found.metadata["calls"] if call["layer"] != "first")
+
+
+def test_a_copy_that_is_made_meanwhile_is_not_recorded(framework: str, run: Run) -> None:
+    folder = run("copied")
+    wanted, found = expected(folder), opened(folder)
+    same(wanted["after"], wanted["before"])
+    assert np.abs(wanted["copied"] - wanted["before"]).max() > 1e-3
+    calls = [call["layer"] for call in found.metadata["calls"]]
+    assert calls == ["first", "second.0", "second.0", ""] * 2
+    assert not any("parameters" in call for call in found.metadata["calls"])
+
+
 # -- gradients ---------------------------------------------------------------------------------------------------------
 
 
@@ -262,22 +283,24 @@ def test_gradients_that_nobody_computes_are_missed(framework: str, run: Run) -> 
     found = opened(run("no_backward"))
     assert all("grads" not in call for call in found.metadata["calls"])
     said = [line for line in found.metadata["left_out"] if "backward" in line]
-    assert said == ["gradients of calls/000000, calls/000001, calls/000002: backward did not reach them in the block"]
+    assert said == ["gradients of calls/000001, calls/000002, calls/000003: backward did not reach them in the block"]
 
 
 # -- single-step mode --------------------------------------------------------------------------------------------------
 
 
 def check_replayed(first: Contents, second: Contents, parts: int) -> None:
-    for call, other in zip(second.metadata["calls"], first.metadata["calls"], strict=True):
+    calls = [[call for call in side.metadata["calls"] if call["layer"]] for side in (second, first)]
+    for number, (call, other) in enumerate(zip(*calls, strict=True)):
         assert call["replaced"].keys() >= {"query", "key", "value"}
         assert set(call["replaced"].values()) == {other["layer"]}
         for name in ("query", "key", "value"):
             entry = other["arguments"][name]
             assert ("same_as" in call["arguments"][name]) == ("same_as" in entry)
             if "tensor" in entry:
-                same(argument(second, call["index"], name), first.read(entry["tensor"]))
-    assert len(second.metadata["calls"]) == parts
+                same(argument(second, number, name), first.read(entry["tensor"]))
+    assert len(calls[0]) == parts
+    assert not any("replaced" in call for call in second.metadata["calls"] if not call["layer"])
 
 
 def test_each_layer_is_given_the_recorded_inputs(framework: str, run: Run) -> None:
@@ -310,7 +333,7 @@ def test_inputs_of_another_framework_in_another_order_of_axes(framework: str, ru
         net(*(torch.from_numpy(np.array(one.swapaxes(0, 1))) + 1 for one in (QUERY, MEMORY)))
     run("replay_only")
     first, second = opened(tmp_path), opened(tmp_path, "b.safetensors")
-    matched = [(call["layer"], set(call["replaced"].values())) for call in second.metadata["calls"]]
+    matched = [(call["layer"], set(call["replaced"].values())) for call in second.metadata["calls"] if call["layer"]]
     assert matched == [("first", {"one"}), ("second.0", {"two"}), ("second.0", {"two"})]
     for number in range(3):
         same(argument(second, number, "query"), argument(first, number, "query").swapaxes(0, 1))
@@ -318,7 +341,7 @@ def test_inputs_of_another_framework_in_another_order_of_axes(framework: str, ru
     assert "key_padding_mask" in second.metadata["calls"][0]["replaced"]
     assert ((padding != 0) == worker_record.PADDING).all()
     lines = [line for line in second.metadata["left_out"] if "attn_mask" in line]
-    assert lines == ["calls/000000: first: attn_mask: it is its own: the other recording has none for it"]
+    assert lines == ["calls/000001: first: attn_mask: it is its own: the other recording has none for it"]
 
 
 def test_one_tensor_here_and_two_in_the_recording(framework: str, run: Run) -> None:
@@ -337,10 +360,10 @@ def test_an_error_of_the_model_finishes_the_file(framework: str, run: Run) -> No
     assert str(expected(folder)["error"]) not in ("CheckpointError", "RuntimeWarning")
     assert found.metadata["complete"] is False
     whole = [call for call in found.metadata["calls"] if call["outputs"]]
-    assert [call["layer"] for call in whole] == ["first", "second.0", "second.0"]
+    assert [call["layer"] for call in whole] == ["first", "second.0", "second.0", ""]
     (broken,) = [call for call in found.metadata["calls"] if not call["outputs"]]
     assert broken["arguments"]["query"] == {"value": "no tensor"}
-    assert "calls/000003: outputs: first did not return" in found.metadata["left_out"]
+    assert "calls/000004: outputs: first did not return" in found.metadata["left_out"]
 
 
 def test_a_killed_process_leaves_all_that_it_had_recorded(framework: str, elsewhere: Any, tmp_path: Path) -> None:
@@ -349,9 +372,9 @@ def test_a_killed_process_leaves_all_that_it_had_recorded(framework: str, elsewh
     assert not (tmp_path / "a.safetensors").exists()
     found = opened(tmp_path, "a.safetensors.journal")
     assert found.metadata["complete"] is False
-    assert [call["layer"] for call in found.metadata["calls"]] == ["first", "second.0", "second.0"] * 2
+    assert [call["layer"] for call in found.metadata["calls"]] == ["first", "second.0", "second.0", ""] * 2
     same(argument(found, 0, "query"), QUERY)
-    same(output(found, 3), output(found, 0))
+    same(output(found, 4), output(found, 0))
     assert any("the recording was not ended" in line for line in found.metadata["left_out"])
 
 
@@ -360,6 +383,16 @@ def test_nothing_recorded_is_said_aloud(framework: str, run: Run) -> None:
     said = [str(text) for text in expected(folder)["said"]]
     assert any("nothing was recorded" in text and "first: it was not called" in text for text in said)
     assert len(opened(folder).metadata["left_out"]) == 2
+
+
+def test_the_model_s_own_answer_is_recorded(framework: str, run: Run) -> None:
+    folder = run("trained")
+    found, wanted = opened(folder), expected(folder)
+    assert found.metadata["layers"][""]["whole"] is True
+    assert found.metadata["layers"][""]["parameters"] == {}
+    calls = [call for call in found.metadata["calls"] if not call["layer"]]
+    assert [call["arguments"] for call in calls] == [{}] * 4
+    same(found.read(calls[3]["outputs"][0]["tensor"]), wanted["answer"])
 
 
 def test_memory_stays_bounded(framework: str, elsewhere: Any, tmp_path: Path) -> None:

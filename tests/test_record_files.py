@@ -79,7 +79,18 @@ def test_the_file_and_nothing_else(target: Path, reading: Reading) -> None:
         ("layers.0", 0),
         ("layers.0", 1),
         ("layers.3", 0),
+        ("", 0),
     ]
+    assert found["layers"][""] == {
+        "class": "plain.Chain",
+        "kind": "Chain",
+        "attention": False,
+        "settings": {},
+        "parameters": {},
+        "whole": True,
+    }
+    assert found["calls"][-1]["arguments"] == {}
+    assert found["calls"][-1]["outputs"] == [{"tensor": "calls/000000/outputs/0"}]
     assert found["layers"]["layers.0"] == {
         "class": "plain.Attention",
         "kind": "Attention",
@@ -89,7 +100,7 @@ def test_the_file_and_nothing_else(target: Path, reading: Reading) -> None:
         "aliases": ["layers.2"],
     }
     assert found["calls"][0]["arguments"] == {
-        "query": {"tensor": "calls/000000/arguments/query"},
+        "query": {"tensor": "calls/000001/arguments/query"},
         "key": {"same_as": "query"},
         "value": {"same_as": "query"},
     }
@@ -131,6 +142,7 @@ def test_every_kind_of_value(target: Path, reading: Reading) -> None:
     assert [given[name] for name in ("none", "np_")] == [{"value": None}, {"value": 2.0}]
     assert given["flag"] == {"left_out": "the number nan"}
     assert {name for name, entry in given.items() if "left_out" in entry} == {"flag", "big", "odd"}
+    assert first["output_names"] == ["a", "b"]
     assert first["outputs"][1] == {"items": [{"tensor": "calls/000000/outputs/1/0"}, {"value": 3}]}
     for code, array in arrays.items():
         assert found.tensors[second["arguments"][code]["tensor"]].code == code
@@ -146,7 +158,7 @@ def test_every_kind_of_value(target: Path, reading: Reading) -> None:
 @pytest.mark.parametrize(
     ("wanted", "paths"),
     [
-        (None, ["layers.0", "layers.3"]),
+        (None, ["", "layers.0", "layers.3"]),
         ("all", ["", "layers.0", "layers.1", "layers.3"]),
         ("layers.2", ["layers.0"]),  # an alias
         (Linear, ["layers.1"]),
@@ -270,7 +282,7 @@ def test_the_blocks_own_error_goes_on_and_the_file_is_finished(
     assert caught.value.__cause__ is None
     found = reading(target).metadata
     assert found["complete"] is False
-    assert len(found["calls"]) == 3
+    assert len(found["calls"]) == 4
     assert not journal_of(target).exists()
 
 
@@ -382,7 +394,7 @@ def test_a_child_process_does_not_write_into_the_parents_journal(target: Path, r
             model(X)
             os._exit(0)
         assert os.waitpid(child, 0)[1] == 0
-    assert len(reading(target).metadata["calls"]) == 3
+    assert len(reading(target).metadata["calls"]) == 4
 
 
 def test_threads_do_not_mix_their_calls(target: Path, reading: Reading) -> None:
@@ -438,10 +450,12 @@ def test_a_file_that_appears_meanwhile_is_safe(target: Path, reading: Reading) -
     with pytest.raises(CheckpointError, match="a file that exists"):
         block()
     assert target.read_text() == "precious"
-    assert len(reading(journal_of(target)).metadata["calls"]) == 3
+    assert len(reading(journal_of(target)).metadata["calls"]) == 4
 
 
 def test_options_and_places_that_cannot_be(target: Path) -> None:
+    with pytest.raises(ArgumentTypeError, match="path: given None"):
+        recorder(chain(), None)  # type: ignore[arg-type]
     with pytest.raises(ArgumentError, match="limit"):
         recorder(chain(), target, limit=-1)
     with pytest.raises(CheckpointError, match="a folder that does not exist"), recorder(chain(), target / "b"):

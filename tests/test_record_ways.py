@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from mhabridge.diff.recordings import diff_recordings
 from mhabridge.errors import ArgumentError, BackendError
 from mhabridge.recording import record
 from mhabridge.recording.contents import Contents, open_contents
@@ -69,7 +71,7 @@ def test_the_fast_path_of_an_encoder(padded: bool, target: Path) -> None:
     open_positions = ~padding if padded else torch.ones(2, 3, dtype=torch.bool)
     assert (after - before)[open_positions].abs().max() < 1e-5
     assert torch.equal(again, before)
-    assert layers_of(target) == ["layers.0.self_attn", "layers.1.self_attn"]
+    assert layers_of(target) == ["layers.0.self_attn", "layers.1.self_attn", ""]
     found = opened(target)
     given = found.metadata["calls"][1]["arguments"]
     assert found.read(given["query"]["tensor"]).shape == (2, 3, 8)  # and no nested tensor
@@ -97,7 +99,7 @@ def test_a_compiled_model(target: Path) -> None:
         with record(compiled, target):
             after = compiled(x)
     assert (before - after).abs().max() < 1e-5
-    assert layers_of(target) == ["layers.0.self_attn", "layers.1.self_attn"]  # not _orig_mod.layers.0...
+    assert layers_of(target) == ["layers.0.self_attn", "layers.1.self_attn", ""]  # not _orig_mod.layers.0...
     assert "torch.compile" in opened(target).metadata["environment"]
 
 
@@ -119,6 +121,9 @@ def test_before_2_0_the_layers_forward_is_wrapped(target: Path, monkeypatch: pyt
     given = x.requires_grad_()
     with record(layer, target, grads=True):
         layer(given, given, given, need_weights=False, is_causal=False)[0].sum().backward()
+        other = copy.deepcopy(layer)
+        other.out_proj.bias.data += 1
+        assert (other(x, x, x)[0] - layer.forward.forward(x, x, x)[0]).min() > 0.9
     assert "forward" not in vars(layer)
     (call,) = opened(target).metadata["calls"]
     assert call["arguments"]["need_weights"] == {"value": False}
@@ -157,6 +162,55 @@ def test_steps_of_training(target: Path) -> None:
     assert found.metadata["left_out"] == [
         f"layers.{n}.self_attn: attn_weights: the model did not ask this layer for them" for n in range(2)
     ]
+
+
+def train(path: Path, optimizer: str = "SGD", fault: Any = None, dtype: str = "float32") -> Path:
+    """Three steps of an encoder's training; a fault comes before the second."""
+    torch, model, x = encoder()
+    model.train()
+    for layer in model.modules():
+        layer.p = 0.0  # of each dropout
+    for layer in model.layers:
+        layer.self_attn.dropout = 0.0
+    model.to(getattr(torch, dtype))
+    steps = getattr(torch.optim, optimizer)(model.parameters(), 0.01)
+    with record(model, path, grads=True):
+        for number in range(3):
+            if fault is not None and number == 1:
+                fault(model.layers[1].self_attn)
+            steps.zero_grad()
+            model(x.to(getattr(torch, dtype))).pow(3).sum().backward()
+            steps.step()
+    return path
+
+
+@pytest.mark.parametrize("optimizer", ["SGD", "Adam"])
+def test_a_training_is_compared_step_by_step(optimizer: str, tmp_path: Path) -> None:
+    first = train(tmp_path / "a", optimizer)
+    report = diff_recordings(first, train(tmp_path / "b", optimizer))
+    assert (report.verdict, report.exit_code) == ("equal", 0)
+    assert len(report.of_layer("layers.1.self_attn (call 3)")) > 10
+    exact = diff_recordings(first, train(tmp_path / "c", optimizer, dtype="float64"))
+    assert exact.ok, [(entry.layer, entry.tensor, entry.comparison.reason) for entry in exact.entries if not entry.ok]
+    held = [entry for entry in exact.of_layer("layers.1.self_attn (call 3)") if None not in entry.comparison.distances]
+    assert {"output", "grads.q_weight"} <= {entry.tensor for entry in held}
+
+
+def test_a_fault_at_a_later_step_is_found_there(tmp_path: Path) -> None:
+    def turn(layer: Any) -> None:
+        layer.out_proj.weight.data = layer.out_proj.weight.data.T.contiguous()
+
+    def drop(layer: Any) -> None:
+        layer.in_proj_bias.data[-3:] += 0.25
+
+    first = train(tmp_path / "a")
+    for name, fault, tensor in (("b", turn, "out_weight"), ("c", drop, "v_bias")):
+        report = diff_recordings(first, train(tmp_path / name, fault=fault))
+        assert report.first_divergence == "layers.1.self_attn (call 2)"
+        wrong = [entry.tensor for entry in report.of_layer(report.first_divergence) if not entry.ok]
+        assert tensor in wrong
+        assert "out_weight" not in wrong or tensor == "out_weight"
+    assert report.diagnosis is not None
 
 
 # -- MindSpore ---------------------------------------------------------------------------------------------------------
@@ -203,7 +257,7 @@ def test_compiled_mindspore(way: str, target: Path, mindspore: Any) -> None:
     assert "MS_JIT" not in os.environ
     assert mindspore.get_context("mode") == mode
     assert np.abs(found.asnumpy() - wanted).max() < 1e-5
-    assert layers_of(target) == ["attention"]
+    assert layers_of(target) == ["attention", ""]
     assert ("graph mode" in opened(target).metadata["environment"]) == (way == "graph mode")
     assert np.abs(compiled(x).asnumpy() - wanted).max() < 1e-5
 

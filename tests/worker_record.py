@@ -52,6 +52,9 @@ class Torch:
     def array(self, tensor):
         return np.array(tensor.detach().numpy())
 
+    def change(self, parameter):
+        parameter.data.mul_(2.0)  # past the counter of versions
+
     def dropin(self):
         from mhabridge.adapters.torch import MultiheadAttention
 
@@ -99,6 +102,9 @@ class MindSpore(Torch):
 
     def array(self, tensor):
         return np.array(tensor.asnumpy())
+
+    def change(self, parameter):
+        parameter.set_data(parameter * 2.0)
 
     def dropin(self):
         from mhabridge.adapters.mindspore import MultiheadAttention
@@ -159,6 +165,9 @@ class MegEngine(Torch):
 
     def array(self, tensor):
         return np.array(tensor.numpy())
+
+    def change(self, parameter):
+        parameter[:] = parameter * 2.0
 
     def dropin(self):
         from mhabridge.adapters.megengine import MultiheadAttention
@@ -223,6 +232,31 @@ def plain(fw, record, folder):
         calls=recorder.calls,
         **{f"first/{name}": fw.array(value) for name, value in fw.parameters(fw.net.first).items()},
     )
+
+
+def trained(fw, record, folder):
+    """Four runs, and one parameter that changes after the second."""
+    name, parameter = next(iter(fw.parameters(fw.net.first).items()))
+    with record(fw.net, folder / "a.safetensors"):
+        for number in range(4):
+            if number == 2:
+                fw.change(parameter)
+            answer = fw.net(*arguments(fw))
+    np.savez(folder / "expected.npz", name=name, value=fw.array(parameter), answer=fw.array(answer))
+
+
+def copied(fw, record, folder):
+    """A copy of the net that is made meanwhile computes by itself, and is no call of the net."""
+    import copy
+
+    given = arguments(fw)
+    with record(fw.net, folder / "a.safetensors"):
+        before = fw.array(fw.net(*given))
+        other = copy.deepcopy(fw.net)
+        fw.change(next(iter(fw.parameters(other.first).values())))
+        copied = fw.array(other(*given))
+        after = fw.array(fw.net(*given))
+    np.savez(folder / "expected.npz", before=before, copied=copied, after=after)
 
 
 def half(fw, record, folder):

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import types
 from typing import Any, Callable, Iterator
 
 import megengine
@@ -105,7 +106,7 @@ def hook(layer: Any, before: Callable[..., Any], after: Callable[..., Any]) -> C
 
 def _wrap(layer: Any, around: Callable[..., Any]) -> Callable[[], None]:
     own, forward = vars(layer).get("forward"), layer.forward
-    vars(layer)["forward"] = lambda *args, **kwargs: around(forward, args, kwargs)
+    vars(layer)["forward"] = _Wrapped(layer, forward, around)
 
     def remove() -> None:
         del vars(layer)["forward"]
@@ -113,6 +114,20 @@ def _wrap(layer: Any, around: Callable[..., Any]) -> Callable[[], None]:
             vars(layer)["forward"] = own
 
     return remove
+
+
+class _Wrapped:
+    """The forward of a layer that is watched; a copy of the layer gets that of its class."""
+
+    def __init__(self, layer: Any, forward: Any, around: Callable[..., Any]) -> None:
+        self.layer, self.forward, self.around = layer, forward, around
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.around(self.forward, args, kwargs)
+
+    def __deepcopy__(self, memo: Any) -> Any:
+        copied = memo.get(id(self.layer))
+        return self.forward if copied is None else types.MethodType(type(copied).forward, copied)
 
 
 def is_tensor(value: Any) -> bool:

@@ -124,11 +124,15 @@ def hook(layer: Any, before: Callable[..., Any], after: Callable[..., Any]) -> C
         return args, kwargs
 
     if "with_kwargs" in inspect.signature(layer.register_forward_hook).parameters:
-        first = layer.register_forward_pre_hook(lambda _, args, kwargs: prepare(args, kwargs), with_kwargs=True)
-        last = layer.register_forward_hook(lambda _, args, kwargs, outputs: after(outputs), with_kwargs=True)
+        first = layer.register_forward_pre_hook(
+            lambda cell, args, kwargs: prepare(args, kwargs) if cell is layer else None, with_kwargs=True
+        )
+        last = layer.register_forward_hook(
+            lambda cell, args, kwargs, outputs: after(outputs) if cell is layer else None, with_kwargs=True
+        )
     else:
-        first = layer.register_forward_pre_hook(lambda _, args: prepare(args, {})[0])
-        last = layer.register_forward_hook(lambda _, args, outputs: after(outputs))
+        first = layer.register_forward_pre_hook(lambda cell, args: prepare(args, {})[0] if cell is layer else None)
+        last = layer.register_forward_hook(lambda cell, args, outputs: after(outputs) if cell is layer else None)
 
     def remove() -> None:
         first.remove()

@@ -17,6 +17,7 @@ import contextlib
 import functools
 import inspect
 import sys
+import types
 from typing import Any, Callable, Iterator
 
 import numpy as np
@@ -119,12 +120,15 @@ def hook(layer: Any, before: Callable[..., Any], after: Callable[..., Any]) -> C
     if "with_kwargs" not in _parameters_of(layer.register_forward_hook):
         return _wrap(layer, before, after)
 
-    def changed(outputs: Any) -> Any:
-        new = after(outputs)
+    def prepare(module: Any, args: Any, kwargs: Any) -> Any:
+        return before(args, kwargs) if _is_it(module, layer) else None
+
+    def changed(module: Any, args: Any, kwargs: Any, outputs: Any) -> Any:
+        new = after(outputs) if _is_it(module, layer) else outputs
         return None if new is outputs else new
 
-    first = layer.register_forward_pre_hook(lambda _, args, kwargs: before(args, kwargs), with_kwargs=True)
-    last = layer.register_forward_hook(lambda _, args, kwargs, outputs: changed(outputs), with_kwargs=True)
+    first = layer.register_forward_pre_hook(prepare, with_kwargs=True)
+    last = layer.register_forward_hook(changed, with_kwargs=True)
 
     def remove() -> None:
         first.remove()
@@ -133,14 +137,15 @@ def hook(layer: Any, before: Callable[..., Any], after: Callable[..., Any]) -> C
     return remove
 
 
+def _is_it(module: Any, layer: Any) -> bool:
+    """Whether a module is the one that is watched, or its replica on another device; a copy has the hooks too."""
+    return module is layer or bool(getattr(module, "_is_replica", False))
+
+
 def _wrap(layer: Any, before: Callable[..., Any], after: Callable[..., Any]) -> Callable[[], None]:
     own, forward = vars(layer).get("forward"), layer.forward
 
-    def wrapped(*args: Any, **kwargs: Any) -> Any:
-        args, kwargs = before(args, kwargs)
-        return after(forward(*args, **kwargs))
-
-    layer.forward = wrapped
+    layer.forward = _Wrapped(layer, forward, before, after)
 
     def remove() -> None:
         del layer.forward
@@ -148,6 +153,21 @@ def _wrap(layer: Any, before: Callable[..., Any], after: Callable[..., Any]) -> 
             layer.forward = own
 
     return remove
+
+
+class _Wrapped:
+    """The forward of a layer that is watched; a copy of the layer gets that of its class."""
+
+    def __init__(self, layer: Any, forward: Any, before: Callable[..., Any], after: Callable[..., Any]) -> None:
+        self.layer, self.forward, self.before, self.after = layer, forward, before, after
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        args, kwargs = self.before(args, kwargs)
+        return self.after(self.forward(*args, **kwargs))
+
+    def __deepcopy__(self, memo: Any) -> Any:
+        copied = memo.get(id(self.layer))
+        return self.forward if copied is None else types.MethodType(type(copied).forward, copied)
 
 
 def is_tensor(value: Any) -> bool:

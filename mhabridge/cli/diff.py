@@ -83,6 +83,8 @@ def command(context: click.Context, /, **options: Any) -> None:
         _refuse_before(context)
         return
     outputs.check(options, (options["weights_file"], options["spec_file"]))
+    if not all(name.strip() for name in options["backends"].split(",")):
+        raise click.UsageError("--backends: names of backends, joined by commas; `mhabridge backends` lists them.")
     from mhabridge.diff import diff
     from mhabridge.diff.inputs import random_inputs, random_masks
 

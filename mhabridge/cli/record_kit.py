@@ -8,23 +8,27 @@ from pathlib import Path
 
 import click
 
+EXAMPLE = """\b
+Use it there as mb.record:
+  import mhabridge_record
+  with mhabridge_record.record(model, "a.safetensors"):
+      model(x)
 
-@click.command()
+\b
+Example:
+  mhabridge record-kit mhabridge_record.py --framework torch
+"""
+
+
+@click.command(epilog=EXAMPLE)
 @click.argument("out", metavar="OUT.py")
 @click.option("--framework", "frameworks", multiple=True, metavar="NAME", help="torch, mindspore or megengine; all.")
 @click.option("--force", is_flag=True, help="Replace an old file.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def command(out: str, frameworks: tuple[str, ...], force: bool, as_json: bool) -> None:
-    r"""Write the recorder as one file that needs nothing but Python 3.8, the framework and NumPy.
+    """Write the recorder as one file that needs nothing but Python 3.8, the framework and NumPy.
 
-    Copy it beside the script that runs the model and use it as mb.record:
-
-    \b
-        import mhabridge_record
-        with mhabridge_record.record(model, "a.safetensors"):
-            model(x)
-
-    Example: mhabridge record-kit mhabridge_record.py --framework torch
+    Copy it beside the script that runs the model.
     """
     from mhabridge import mapping
     from mhabridge.checkpoint.storage.atomic import replacing

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from mhabridge.diff.report import DiffReport, Entry, Layer
 
 HERE = "<--- first divergence"
+DOWNSTREAM = "differ, since their inputs do"
+AS_ABOVE = "noted as above"
 _DEPTH = 12  # further levels are not worth their indentation; a hostile path may have thousands
 _LONG = 4  # lines in a row that are shown whole
 
@@ -33,6 +35,7 @@ class Line:
         worst: that entry in words.
         mark: what stands behind it.
         run: what it may be one of a run of; "" for what is shown by itself.
+        notes: what is worth knowing, below it.
     """
 
     path: tuple[str, ...]
@@ -40,6 +43,7 @@ class Line:
     worst: str = ""
     mark: str = ""
     run: str = ""
+    notes: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass
@@ -52,7 +56,7 @@ class _Node:
 def print_tree(report: DiffReport) -> None:
     """Print the layers of a report as a tree; piped, it is plain text."""
     rows = list(_rows(tree(lines(report)), ""))
-    width = max((len(guide) for guide, _ in rows), default=0)
+    width = max((len(guide) for guide, line in rows if line is not None), default=0)
     colour = sys.stdout.isatty() or bool(os.environ.get("FORCE_COLOR"))
     if not colour:
         for guide, line in rows:
@@ -94,7 +98,8 @@ def _line(layer: Layer, entries: list[Entry], report: DiffReport) -> Line:
     mark = ""
     if layer.name == report.first_divergence:
         mark = f"{HERE}: {printable(layer.notes[0])}" if layer.notes else HERE
-    return Line(path, worst.comparison.verdict, words, mark, "" if mark else _run(entries))
+    notes = tuple(map(printable, layer.notes[1:] if mark else layer.notes))
+    return Line(path, worst.comparison.verdict, words, mark, "" if mark else _run(entries), notes)
 
 
 def _run(entries: list[Entry]) -> str:
@@ -105,7 +110,7 @@ def _run(entries: list[Entry]) -> str:
     inputs = [entry for entry in wrong if entry.tensor.startswith("inputs.")]
     others = [entry for entry in wrong if entry.tensor.partition(".")[0] not in ("inputs", "output", "grads")]
     judged = [each for entry in wrong for each in entry.comparison.distances if each is not None and not each.ok]
-    return "" if others or judged or not inputs else "differ, since their inputs do"
+    return "" if others or judged or not inputs else DOWNSTREAM
 
 
 def _how_bad(entry: Entry) -> tuple[int, float, float]:
@@ -135,14 +140,23 @@ def _words(entry: Entry) -> str:
 
 def _folded(found: list[Line]) -> Iterator[Line]:
     """Long runs as their first line, their last, and one for those between."""
-    for kind, group in itertools.groupby(found, key=lambda line: line.run):
+    for (kind, notes), group in itertools.groupby(found, key=lambda line: (line.run, line.notes)):
         run = list(group)
-        if not kind or len(run) <= _LONG:
-            yield from run
+        first, *others = run
+        if not notes:
+            shown = run
+        elif kind == DOWNSTREAM:  # where the run is folded, its line says it
+            kept = first.notes if len(run) <= _LONG else ()
+            shown = [dataclasses.replace(first, notes=kept), *(dataclasses.replace(line, notes=()) for line in others)]
         else:
-            yield run[0]
-            yield Line((*_common(run[1:-1]), f"... {len(run) - 2} layers {kind}"), "")
-            yield run[-1]
+            shown = [first, *(dataclasses.replace(line, notes=(AS_ABOVE,)) for line in others)]
+        if not kind or len(run) <= _LONG:
+            yield from shown
+        else:
+            yield shown[0]
+            alike = f", {AS_ABOVE}" if notes and kind != DOWNSTREAM else ""
+            yield Line((*_common(run[1:-1]), f"... {len(run) - 2} layers {kind}{alike}"), "")
+            yield shown[-1]
 
 
 def _common(run: list[Line]) -> tuple[str, ...]:
@@ -186,4 +200,7 @@ def _rows(node: _Node, indent: str) -> Iterator[tuple[str, Line | None]]:
     for number, child in enumerate(node.children):
         last = number == len(node.children) - 1
         yield f"{indent}{'└─' if last else '├─'} {child.name}", child.line
-        yield from _rows(child, indent + ("   " if last else "│  "))
+        below = indent + ("   " if last else "│  ")
+        for note in child.line.notes if child.line is not None else ():
+            yield f"{below}{'│' if child.children else ' '}  {note}", None
+        yield from _rows(child, below)

@@ -31,7 +31,7 @@ def record(
     inputs_from: str | os.PathLike[str] | None = None,
     overwrite: bool = False,
 ) -> Recorder:
-    """Record what a model's attention layers compute while a ``with`` block runs.
+    """Record what a model's attention layers compute while a ``with`` block runs, and what the model itself answers.
 
     Every tensor is written to ``<path>.journal`` at once, so memory stays bounded and a killed process leaves what it
     had recorded; when the block ends, the journal becomes one safetensors file. Both kinds of file can be compared:
@@ -40,20 +40,21 @@ def record(
     Args:
         model: a module of PyTorch, a cell of MindSpore or a module of MegEngine.
         path: the file to make.
-        layers: which layers: None for the attention layers; "all"; a pattern of paths (``encoder.*.ffn``), a class, or
-            a list of these.
+        layers: which layers: None for the attention layers, and of the model itself what it answers; "all"; a pattern
+            of paths (``encoder.*.ffn``), a class, or a list of these.
         grads: also the gradients of the layers' inputs, outputs and parameters, if the model's backward runs in the
             block.
         attn_weights: keep the attention weights where a layer returns them; no layer is asked for what the model does
             not ask it for.
-        parameters: keep the layers' parameters, as at their first call.
+        parameters: keep the layers' parameters, as at their first call, and again what has changed at a later one.
         limit: bytes of tensors; what goes beyond is left out and named.
         inputs_from: another recording, whose inputs each matching layer is given in the place of its own, so that an
             early error does not drown the later ones (*single-step mode*).
         overwrite: whether an old recording (or journal) of that name may be replaced.
 
     Returns:
-        The recorder, to be used in a ``with`` statement; it has ``path``, ``calls`` (how many) and ``left_out``.
+        The recorder, to be used in a ``with`` statement; it has ``path``, ``calls`` (how many, of layers) and
+        ``left_out``.
 
     Raises:
         ArgumentTypeError: not a model of a known framework.

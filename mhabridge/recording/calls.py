@@ -21,11 +21,13 @@ class Running:
         index: of the call in the recording.
         nth: which call of this layer it is.
         entry: what the recording will say of it.
+        whole: whether it is one of the model itself, of which only the answer is recorded.
     """
 
     index: int
     nth: int
     entry: dict[str, Any]
+    whole: bool = False
 
     @property
     def name(self) -> str:
@@ -102,6 +104,18 @@ def answers(outputs: Any) -> list[Any]:
     if isinstance(outputs, dict):
         return list(outputs.values())
     return [outputs]
+
+
+def names_of_answers(outputs: Any) -> list[str]:
+    """What a layer calls its answers: the keys of a mapping; none where they have only their places.
+
+    Example:
+        >>> names_of_answers({"logits": 1, "loss": 2}), names_of_answers((1, 2))
+        (['logits', 'loss'], [])
+    """
+    if isinstance(outputs, dict) and all(isinstance(name, str) and name for name in outputs):
+        return list(outputs)
+    return []
 
 
 def with_answers(outputs: Any, changed: list[Any]) -> Any:

@@ -21,7 +21,9 @@ from mhabridge.recording.journal import ITEM_SIZES, MAGIC, scan
 if TYPE_CHECKING:
     import os
 
-FORMAT = 1
+# 2: every call says which parameters are no longer what they were at the one before; a 1 cannot tell.
+FORMAT = 2
+FORMATS = (1, 2)
 METADATA_KEY = "mhabridge.recording"
 _LONGEST = 100_000_000  # bytes of a safetensors header, as its own library has it
 
@@ -161,7 +163,7 @@ def _of_safetensors(file: BinaryIO) -> Contents:
         raise ValueError("its header is too long")
     header = json.loads(file.read(length))
     metadata = json.loads(header.pop("__metadata__", {})[METADATA_KEY])
-    if metadata["format"] != FORMAT:
+    if metadata["format"] not in FORMATS:
         raise ValueError(f"format {metadata['format']}, made by a newer version")
     tensors = {}
     for name, entry in header.items():

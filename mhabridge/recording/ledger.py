@@ -8,10 +8,12 @@ Also part of the record kit (Python 3.8, NumPy only).
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
 import threading
+import zlib
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
 # All readers of safetensors refuse a header of more than 100 MB, and some one with more entries.
 MOST_TENSORS = 100_000
 MOST_TEXT = 32 << 20  # characters of JSON
+NOT_WANTED = "attn_weights=False"  # why attention weights were left out that were there
 _MOST_LINES = 5_000
 _MOST_NESTED = 8
 
@@ -84,12 +87,26 @@ class Ledger:
 
         Args:
             name: of the tensor; what lies in a tuple or a list gets this and its number.
-            value: a tensor, an array, something plain, or a tuple or list of these.
+            value: a tensor, an array, something plain, or a tuple, list, mapping or dataclass of these.
 
         Returns:
-            How the recording says it: {"tensor": name}, {"value": plain}, {"items": [...]} or {"left_out": why}.
+            How the recording says it: {"tensor": name}, {"value": plain}, {"items": [...]}, {"named": {...}} or
+            {"left_out": why}.
         """
         return self._keep(name, value, _MOST_NESTED)
+
+    def digest(self, tensor: Any) -> int | None:
+        """A number that is another one when a tensor's values are; None where they cannot be read.
+
+        It reads all of them, at the speed of memory: counters of versions do not see what is written past them.
+        """
+        try:
+            dtype, array = self.adapter.to_numpy(tensor)
+            what = f"{dtype}{array.shape}".encode()
+            data = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
+            return zlib.crc32(data, zlib.crc32(what))
+        except Exception:  # whatever a framework raises; keeping it says why
+            return None
 
     def end(self, complete: bool) -> None:
         """Write the end of the recording."""
@@ -111,6 +128,9 @@ class Ledger:
             return {"items": [self._keep(f"{name}/{n}", item, depth - 1) for n, item in enumerate(value)]}
         if isinstance(value, np.ndarray) or self.adapter.is_tensor(value):
             return self._keep_tensor(name, value)
+        named = _named(value)
+        if named is not None and depth and len(named) <= MOST_TENSORS:
+            return {"named": {key: self._keep(f"{name}/{key}", item, depth - 1) for key, item in named.items()}}
         kind = f"a {type(value).__module__}.{type(value).__qualname__}"
         return self._unkept(name, f"the number {value!s:.60}" if isinstance(value, (int, float)) else kind)
 
@@ -151,6 +171,15 @@ class Ledger:
     def _unkept(self, name: str, why: str) -> dict[str, Any]:
         self.leave_out(f"{name}: {why}")
         return {"left_out": why}
+
+
+def _named(value: Any) -> Any:
+    """The items of a mapping or a dataclass by their names; None of anything else."""
+    if isinstance(value, dict):
+        return value if all(isinstance(key, str) and key for key in value) else None
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: getattr(value, field.name, None) for field in dataclasses.fields(value)}
+    return None
 
 
 def is_plain_number(value: Any) -> bool:

@@ -19,10 +19,10 @@ import numpy as np
 from mhabridge.checkpoint.formats import safetensors_file, safetensors_header
 from mhabridge.checkpoint.storage import checking
 from mhabridge.checkpoint.storage.stored import StoredFile, StoredTensor
-from mhabridge.errors import ArgumentTypeError
+from mhabridge.errors import ArgumentTypeError, CheckpointError, UnsupportedError
 from mhabridge.recording import reading_journal
-from mhabridge.recording.contents import FORMAT, METADATA_KEY
-from mhabridge.recording.journal import MAGIC
+from mhabridge.recording.contents import FORMATS, METADATA_KEY
+from mhabridge.recording.journal import ENDING, MAGIC
 from mhabridge.recording.reading_journal import damaged
 
 _DEEPEST = 16  # lists and objects in each other
@@ -37,7 +37,8 @@ class Item:
         tensor: the name of the tensor that was kept.
         same_as: the argument of the same call that it is.
         left_out: why it was not kept.
-        items: of a tuple or list.
+        items: of a tuple, a list, a mapping or a dataclass.
+        names: of the items; none of a tuple or list.
         value: a plain value.
     """
 
@@ -46,6 +47,7 @@ class Item:
     left_out: str = ""
     items: tuple[Item, ...] | None = None
     value: Any = None
+    names: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +61,7 @@ class RecordedLayer:
         attention: whether it is an attention layer that the recorder knows.
         settings: its plain attributes, by name.
         parameters: the tensors' names, by the parameters' native names; values as at the layer's first recorded call.
+        whole: whether it is the model itself, of which only the answer was recorded.
     """
 
     path: str
@@ -67,6 +70,7 @@ class RecordedLayer:
     attention: bool
     settings: dict[str, Any]
     parameters: dict[str, str]
+    whole: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,6 +85,9 @@ class RecordedCall:
         arguments: as passed, by the framework's own names.
         outputs: what it returned.
         grads: by what they are of: "arguments/query", "outputs/0", "parameters/in_proj_weight".
+        parameters: what the layer's parameters were at this call, by their native names.
+        changed: whether they are others than at the layer's call before.
+        output_names: of the outputs; none where they have only their places.
     """
 
     index: int
@@ -90,6 +97,9 @@ class RecordedCall:
     arguments: dict[str, Item]
     outputs: tuple[Item, ...]
     grads: dict[str, Item]
+    parameters: dict[str, Item] = dataclasses.field(default_factory=dict)
+    changed: bool = False
+    output_names: tuple[str, ...] = ()
 
     def item(self, name: str) -> Item:
         """An argument; where it is the same as another, that one."""
@@ -111,6 +121,8 @@ class Recording:
         layers: by path.
         calls: in the order in which they ran.
         file: the tensors.
+        follows: whether a layer's later calls say which parameters have changed; old recordings do not.
+        stepped: whether the layers were given another recording's inputs.
     """
 
     path: Path
@@ -122,6 +134,8 @@ class Recording:
     layers: dict[str, RecordedLayer]
     calls: tuple[RecordedCall, ...]
     file: StoredFile
+    follows: bool = True
+    stepped: bool = False
 
     def __enter__(self) -> Recording:
         return self
@@ -147,9 +161,21 @@ class Recording:
         """
         return self.file.read(item.tensor) if item.tensor else None
 
-    def parameters(self, layer: RecordedLayer) -> dict[str, np.ndarray]:
-        """The layer's parameters by their native names, read now."""
-        return {name: self.file.read(tensor) for name, tensor in layer.parameters.items()}
+    def tells(self, call: RecordedCall) -> bool:
+        """Whether it is known what the layer's parameters were at a call."""
+        return self.follows or not call.nth
+
+    def parameters(self, call: RecordedCall) -> dict[str, np.ndarray]:
+        """The parameters of the layer that was called, as they were then, by their native names, read now.
+
+        Raises:
+            UnsupportedError: one of them was left out.
+        """
+        for name, item in call.parameters.items():
+            if item.left_out:
+                given = f"a parameter that was left out of the recording ({item.left_out})"
+                raise UnsupportedError(name, given=given, expected="its values at this call")
+        return {name: self.file.read(item.tensor) for name, item in call.parameters.items() if item.tensor}
 
 
 def open_recording(path: str | os.PathLike[str]) -> Recording:
@@ -162,6 +188,14 @@ def open_recording(path: str | os.PathLike[str]) -> Recording:
     if not isinstance(path, (str, os.PathLike)):
         raise ArgumentTypeError("path", given=repr(path), expected="a path: a string or a pathlib.Path")
     path = Path(path)
+    journal_beside = path.with_name(path.name + ENDING)
+    if path.name and not os.path.lexists(path) and journal_beside.is_file():
+        raise CheckpointError(
+            str(path),
+            given="nothing there",
+            expected="a recording",
+            advice=f"{journal_beside} is there: the journal of a recording that still runs or broke off. Compare that.",
+        )
     with checking.opened(path) as descriptor:
         journal = os.pread(descriptor, len(MAGIC), 0) == MAGIC
     file, document = reading_journal.read(path) if journal else _finished(path)
@@ -199,8 +233,8 @@ class _Reader:
     def recording(self, document: dict[str, Any]) -> Recording:
         self._plain(document, 0)
         found = document.get("format")
-        if found != FORMAT or type(found) is not int:
-            self._refuse(f"it is of format {found!r:.40}, and {FORMAT} is known")
+        if found not in FORMATS or type(found) is not int:
+            self._refuse(f"it is of format {found!r:.40}, and {', '.join(map(str, FORMATS))} are known")
         layers = {name: self._layer(name, entry) for name, entry in self._object(document, "layers").items()}
         calls = [self._call(entry, layers) for entry in self._list(document, "calls")]
         if len({call.index for call in calls}) != len(calls):
@@ -213,9 +247,26 @@ class _Reader:
             document.get("complete") is True,
             tuple(map(str, self._list(document, "left_out"))),
             layers,
-            tuple(sorted(calls, key=lambda call: call.index)),
+            self._with_parameters(sorted(calls, key=lambda call: call.index), layers),
             self.file,
+            found > 1,
+            document.get("inputs_from") is not None,
         )
+
+    def _with_parameters(
+        self, calls: list[RecordedCall], layers: Mapping[str, RecordedLayer]
+    ) -> tuple[RecordedCall, ...]:
+        """The calls, each of which says only what has changed, with all of their layers' parameters."""
+        now = {
+            path: {name: Item(tensor=tensor) for name, tensor in layer.parameters.items()}
+            for path, layer in layers.items()
+        }
+        made = []
+        for call in calls:
+            if call.parameters:
+                now[call.layer] = {**now[call.layer], **call.parameters}
+            made.append(dataclasses.replace(call, parameters=now[call.layer], changed=bool(call.parameters)))
+        return tuple(made)
 
     def _layer(self, path: str, entry: Any) -> RecordedLayer:
         settings = self._object(entry, "settings")
@@ -225,7 +276,8 @@ class _Reader:
         kept = {name: self._tensor(tensor) for name, tensor in parameters.items()}
         names = {name: item.tensor for name, item in kept.items() if item.tensor}
         kind, attention = self._text(entry, "kind"), entry.get("attention") is True
-        return RecordedLayer(path, self._text(entry, "class"), kind, attention, settings, names)
+        whole = entry.get("whole") is True
+        return RecordedLayer(path, self._text(entry, "class"), kind, attention, settings, names, whole)
 
     def _call(self, entry: Any, layers: Mapping[str, RecordedLayer]) -> RecordedCall:
         layer = self._text(entry, "layer")
@@ -241,9 +293,13 @@ class _Reader:
         outputs = tuple(self._item(given) for given in self._list(entry, "outputs"))
         grads = {name: self._item(given) for name, given in self._object(entry, "grads").items()}
         training = entry.get("training") is True
-        return RecordedCall(
-            self._count(entry, "index"), layer, self._count(entry, "nth"), training, arguments, outputs, grads
-        )
+        parameters = {name: self._item(given) for name, given in self._object(entry, "parameters").items()}
+        index, nth = self._count(entry, "index"), self._count(entry, "nth")
+        names = tuple(self._list(entry, "output_names"))
+        fine = all(isinstance(name, str) and name for name in names) and len(set(names)) == len(outputs)
+        if names and not fine:
+            self._refuse(f"its outputs are called {names!r:.80}")
+        return RecordedCall(index, layer, nth, training, arguments, outputs, grads, parameters, output_names=names)
 
     def _item(self, given: Any) -> Item:
         if not isinstance(given, dict) or len(given) != 1:
@@ -253,6 +309,8 @@ class _Reader:
             return self._tensor(content)
         if kind == "items" and isinstance(content, list):
             return Item(items=tuple(map(self._item, content)))
+        if kind == "named" and isinstance(content, dict):
+            return Item(items=tuple(map(self._item, content.values())), names=tuple(content))
         if kind == "value" and isinstance(content, _SCALARS):
             return Item(value=content)
         if kind == "same_as" and isinstance(content, str) and content:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mhabridge.errors import ArgumentError, CheckpointError
+from mhabridge.errors import ArgumentError, ArgumentTypeError, CheckpointError
 from mhabridge.recording.contents import FORMAT
 from mhabridge.recording.finishing import finish
 from mhabridge.recording.gradients import own_failure
@@ -64,6 +64,8 @@ class Recorder:
 
     def __init__(self, adapter: Any, model: Any, path: str | os.PathLike[str], options: Options) -> None:
         options.check()
+        if not isinstance(path, (str, os.PathLike)):
+            raise ArgumentTypeError("path", given=repr(path), expected="a path: a string or a pathlib.Path")
         self.adapter, self.model, self.options = adapter, model, options
         self.path = Path(path)
         self.journal = self.path.with_name(self.path.name + ENDING)

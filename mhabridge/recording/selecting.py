@@ -26,6 +26,7 @@ class Selected:
         aliases: other paths to the same layer.
         inside: whether it is a part of such an attention, which need not call it.
         asked: whether it was asked for by a pattern or a class.
+        whole: whether it is the model itself, of which only the answer is recorded: what comes after the last layer.
     """
 
     path: str
@@ -34,6 +35,7 @@ class Selected:
     aliases: list[str]
     inside: bool
     asked: bool = False
+    whole: bool = False
 
     @property
     def missed(self) -> bool:
@@ -42,7 +44,7 @@ class Selected:
 
 
 def select(adapter: Any, model: Any, wanted: Any) -> list[Selected]:
-    """The layers of a model that are wanted.
+    """The layers of a model that are wanted, and by default the model itself beside its attention layers.
 
     Args:
         adapter: the recording module of the model's framework.
@@ -55,7 +57,7 @@ def select(adapter: Any, model: Any, wanted: Any) -> list[Selected]:
     """
     everything = _everything(adapter, model)
     if wanted is None:
-        return _attentions(everything)
+        return _with_whole(_attentions(everything), everything)
     if wanted == ALL:
         return everything
     chosen: dict[int, Selected] = {}
@@ -95,6 +97,14 @@ def _attentions(everything: list[Selected]) -> list[Selected]:
         expected="a model with one",
         advice=f'Say which layers instead: layers="all", a class, or a pattern; there are {_some(everything)}.',
     )
+
+
+def _with_whole(found: list[Selected], everything: list[Selected]) -> list[Selected]:
+    whole = everything[0]
+    if whole.path or whole in found:
+        return found
+    whole.whole = True
+    return [whole, *found]
 
 
 def _list(wanted: Any) -> list[Any]:

@@ -9,9 +9,9 @@ import itertools
 import threading
 from typing import TYPE_CHECKING, Any
 
-from mhabridge.recording.calls import Arguments, Running, answers, signature_of, with_answers
+from mhabridge.recording.calls import Arguments, Running, answers, names_of_answers, signature_of, with_answers
 from mhabridge.recording.gradients import Gradients, own_failure
-from mhabridge.recording.ledger import Ledger, is_plain_number
+from mhabridge.recording.ledger import NOT_WANTED, Ledger, is_plain_number
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -37,6 +37,7 @@ class Watched:
         self.calls = self.skipped = 0
         self.latest = -1
         self.silent = False
+        self.digests: dict[str, int | None] = {}
 
 
 class Watcher:
@@ -50,7 +51,7 @@ class Watcher:
         replay: another recording's inputs, or None.
 
     Attributes:
-        calls: how many calls were recorded.
+        calls: how many calls of layers were recorded.
     """
 
     def __init__(
@@ -67,7 +68,7 @@ class Watcher:
 
     def watch(self, one: Watched, at_the_end: Callable[..., Any]) -> None:
         """Put the hooks on a layer, and have ``at_the_end`` remember what takes them off."""
-        if self.gradients is not None:
+        if self.gradients is not None and not one.chosen.whole:
             names = [name for name, _ in self._own_parameters(one)]
             remove, why_not = self.gradients.watch_parameters(one.layer, names, lambda: one.latest)
             at_the_end(remove)
@@ -92,12 +93,17 @@ class Watcher:
         for stack in self._running.values():
             for running in filter(None, stack):
                 self.ledger.event({"call": {**running.entry, "outputs": []}})
-                self.ledger.leave_out(f"{running.name}: outputs: {running.entry['layer']} did not return")
+                layer = "the model" if running.whole else running.entry["layer"]
+                self.ledger.leave_out(f"{running.name}: outputs: {layer} did not return")
         for one in self.layers:
             if one.skipped:
                 self.ledger.leave_out(f"{one.path}: {one.skipped} more calls: there was no room to describe them")
             if not one.calls and not one.skipped and one.chosen.missed:
                 self.ledger.leave_out(f"{one.path}: it was not called: {self.adapter.WHY_NOT_CALLED}")
+            if one.chosen.whole and not one.calls and self.calls:
+                self.ledger.leave_out(
+                    "the model's output: its layers were called one by one; what comes after the last one is not here"
+                )
         if not self.options.parameters:
             self.ledger.leave_out("parameters: parameters=False")
         if not self.options.attn_weights:
@@ -113,10 +119,11 @@ class Watcher:
             one.skipped += 1
             stack.append(None)
             return args, kwargs
-        if not one.calls:
-            self._describe(one)
         running = self._started(one)
         stack.append(running)
+        if running.whole:
+            running.entry["arguments"] = {}
+            return args, kwargs
         arguments = Arguments(one.signature, args, kwargs)
         if self.replay is not None:
             args, kwargs = self._give_recorded(self.replay, one, running, arguments)
@@ -131,24 +138,31 @@ class Watcher:
         if running is None or not self.ledger.writable:
             return outputs
         values = answers(outputs)
+        names = names_of_answers(outputs)
+        if names:
+            running.entry["output_names"] = names
         running.entry["outputs"] = [self._keep_output(one, running, *numbered) for numbered in enumerate(values)]
         if one.attention and all(value is None for value in values[1:]) and not one.silent:
             one.silent = True
             self.ledger.leave_out(f"{one.path}: attn_weights: the model did not ask this layer for them")
-        if self.gradients is not None:
+        if self.gradients is not None and not running.whole:
             tap = self.gradients.tap
             values = [tap(running, f"outputs/{number}", value) for number, value in enumerate(values)]
         self.ledger.event({"call": running.entry})
-        self.calls += 1
+        self.calls += not running.whole
         return with_answers(outputs, values)
 
     def _started(self, one: Watched) -> Running:
         with self._lock:
-            running = Running(next(self._numbers), one.calls, {})
+            running = Running(next(self._numbers), one.calls, {}, one.chosen.whole)
             one.calls += 1
+            training = self.adapter.training(one.layer)
+            running.entry.update(index=running.index, layer=one.path, nth=running.nth, training=training)
+            if not running.nth:
+                self._describe(one, running)
+            elif self.options.parameters and not running.whole:
+                self._follow(one, running)
         one.latest = running.index
-        training = self.adapter.training(one.layer)
-        running.entry.update(index=running.index, layer=one.path, nth=running.nth, training=training)
         return running
 
     def _stack(self, one: Watched) -> list[Running | None]:
@@ -169,7 +183,7 @@ class Watcher:
 
     def _keep_output(self, one: Watched, running: Running, number: int, value: Any) -> dict[str, Any]:
         if one.attention and number > 0 and not self.options.attn_weights:
-            return {"left_out": "attn_weights=False"}
+            return {"left_out": NOT_WANTED}
         return self.ledger.keep(f"{running.name}/outputs/{number}", value)
 
     def _give_recorded(self, replay: Replay, one: Watched, running: Running, arguments: Arguments) -> Passed:
@@ -198,17 +212,37 @@ class Watcher:
 
     # -- a layer -------------------------------------------------------------------------------------------------------
 
-    def _describe(self, one: Watched) -> None:
+    def _describe(self, one: Watched, running: Running) -> None:
         """What the layer is, with its parameters as they are at its first call."""
         entry: dict[str, Any] = {"path": one.path, **self.adapter.names(one.layer)}
         entry.update(attention=one.attention, settings=one.settings, parameters={})
         if one.chosen.aliases:
             entry["aliases"] = one.chosen.aliases
-        for name, tensor in self._own_parameters(one) if self.options.parameters else ():
+        if one.chosen.whole:
+            entry["whole"] = True
+        wanted = self.options.parameters and not one.chosen.whole
+        for name, tensor in self._own_parameters(one) if wanted else ():
+            one.digests[name] = self.ledger.digest(tensor)
             kept = self.ledger.keep(f"layers/{one.path}/{name}", tensor)
             if "tensor" in kept:
                 entry["parameters"][name] = kept["tensor"]
+            else:
+                running.entry.setdefault("parameters", {})[name] = kept
         self.ledger.event({"layer": entry})
+
+    def _follow(self, one: Watched, running: Running) -> None:
+        """Keep the parameters that are no longer what they were at the call before: training changes them."""
+        now = dict(self._own_parameters(one))
+        changed: dict[str, Any] = {name: {"value": None} for name in one.digests if name not in now}
+        for name in changed:
+            del one.digests[name]
+        for name, tensor in now.items():
+            digest = self.ledger.digest(tensor)
+            if name not in one.digests or digest != one.digests[name]:
+                one.digests[name] = digest
+                changed[name] = self.ledger.keep(f"{running.name}/parameters/{name}", tensor)
+        if changed:
+            running.entry["parameters"] = changed
 
     def _own_parameters(self, one: Watched) -> list[tuple[str, Any]]:
         """The parameters that are no other recorded layer's; all of an attention's, whose parts nobody calls."""

@@ -12,11 +12,14 @@ import os
 from typing import Any
 
 from mhabridge.checkpoint.planning.renaming import require_met
-from mhabridge.diff.recordings.matching import match_layers, pairs
+from mhabridge.diff.recordings.answers import leaves
+from mhabridge.diff.recordings.matching import Pair, match_layers, pairs
 from mhabridge.diff.recordings.single_step import SingleStep
 from mhabridge.diff.recordings.walking import Step, Walk, is_turned
+from mhabridge.diff.recordings.whole import not_compared
 from mhabridge.diff.report import DiffReport, Entry, Run
 from mhabridge.errors import ArgumentTypeError
+from mhabridge.recording.ledger import NOT_WANTED
 from mhabridge.recording.reading import Item, RecordedCall, Recording, open_recording
 
 _MOST_NOTES = 20
@@ -60,8 +63,9 @@ def diff_recordings(
         layers = match_layers(first, second, rules, order)
         backend = _single_step(single_step, second)
         walk = Walk(first, second, names, is_turned(first, second, layers), backend, pictures)
-        steps = [walk.step(pair) for pair in pairs(first, second, layers)]
-        gradients, backward = _gradients(steps, walk)
+        paired = pairs(first, second, layers)
+        steps = [walk.step(pair) for pair in paired]
+        gradients, backward = _gradients(steps, paired, walk)
         entries = [entry for step in steps for entry in (*step.entries, *gradients.get(step.layer.name, ()))]
         return DiffReport(
             tuple(_run(*side) for side in zip(names, (first, second), walk.not_whole, strict=True)),
@@ -71,7 +75,7 @@ def diff_recordings(
             diagnoses=tuple(walk.diagnoses),
             pictures=tuple(walk.pictures),
             first_divergence=walk.divergence if walk.divergence is not None else backward,
-            notes=tuple([] if backend is None else backend.notes),
+            notes=(*(() if backend is None else backend.notes), *_after_the_last(first, second, paired, steps)),
         )
 
 
@@ -81,10 +85,16 @@ def _single_step(asked: bool | str | None, second: Recording) -> SingleStep | No
     return SingleStep(second.framework if asked in (True, "first") else str(asked))
 
 
-def _gradients(steps: list[Step], walk: Walk) -> tuple[dict[str, tuple[Entry, ...]], str | None]:
+def _after_the_last(first: Recording, second: Recording, paired: list[Pair], steps: list[Step]) -> list[str]:
+    """That what comes after the last layer was not compared, where it was not."""
+    note = not_compared((first, second), paired, steps)
+    return [note] if note else []
+
+
+def _gradients(steps: list[Step], paired: list[Pair], walk: Walk) -> tuple[dict[str, tuple[Entry, ...]], str | None]:
     """The entries of gradients by layer, and where they diverge first: backwards, so from the last layer on."""
     drift, found, divergence = walk.drift.backward(), {}, None
-    for step in reversed(steps):
+    for step, pair in zip(reversed(steps), reversed(paired), strict=True):
         if step.backward is None:
             continue
         name = step.layer.name
@@ -92,6 +102,8 @@ def _gradients(steps: list[Step], walk: Walk) -> tuple[dict[str, tuple[Entry, ..
         found[name] = tuple(Entry(name, tensor, *walk.names, each) for tensor, each in compared.items())
         if divergence is None and not all(each.ok for each in compared.values()):
             divergence = name
+            if walk.divergence is None:
+                walk.explain_backward(name, pair, compared)
     return found, divergence
 
 
@@ -113,12 +125,19 @@ def _why_not_whole(recording: Recording) -> str:
     """Why not all that ran can be compared; "" when it can."""
     if not recording.complete:
         return "the recording broke off, or its run ended with an error"
-    if not recording.calls:
+    calls = [call for call in recording.calls if not recording.layers[call.layer].whole]
+    if not calls:
         return "nothing was recorded"
-    cut = [call for call in recording.calls if any(item.left_out for item in _needed(call))]
-    return f"{len(cut)} of {len(recording.calls)} calls are not whole: tensors were left out" if cut else ""
+    cut = [call for call in calls if any(map(_is_cut, _needed(call)))]
+    return f"{len(cut)} of {len(calls)} calls are not whole: tensors were left out" if cut else ""
 
 
 def _needed(call: RecordedCall) -> list[Item]:
-    """What a call cannot be compared without: its arguments and its first output."""
-    return [*call.arguments.values(), *call.outputs[:1]]
+    """What a call cannot be compared without: its arguments and its outputs, but for what nobody asked to be kept."""
+    unasked = [item for item in call.outputs[1:] if item.left_out == NOT_WANTED]
+    return [*call.arguments.values(), *(item for item in call.outputs if item not in unasked)]
+
+
+def _is_cut(item: Item) -> bool:
+    """Whether something was left out of an argument or an output, wherever in it."""
+    return any(leaf.left_out for _, leaf in leaves("", item))

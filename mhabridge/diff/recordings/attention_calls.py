@@ -19,6 +19,7 @@ from mhabridge.diff.recordings.arrays import coarsest, float64
 from mhabridge.diff.recordings.canonical import AttentionCall
 from mhabridge.diff.recordings.drift import Apart, Drift, apart
 from mhabridge.diff.recordings.judging import Material, Piece, chosen, distances, known_accuracy
+from mhabridge.diff.recordings.trained import compare_trained
 from mhabridge.diff.report import REFERENCE
 
 _COMPUTED = ("num_heads", "scale", "residual", "add_zero_attn", "add_bias_kv")  # what weights and inputs do not tell
@@ -34,7 +35,7 @@ class Found:
     Args:
         tensor: as in ``Entry``.
         comparison: likewise.
-        role: "settings", "weights", "inputs", "mask" or "computed".
+        role: "settings", "weights", "inputs", "mask", "computed" or "single_step".
         one_side: "" when both sides are compared; the side that is held against the reference alone.
     """
 
@@ -53,12 +54,14 @@ class Compared:
         notes: what could not be compared, and what is worth knowing.
         drift: how far apart the inputs are, and the outputs where each side's is right.
         not_whole: what could not be compared although it should have been, and on which side (0 or 1) for that.
+        unit: the larger unit roundoff of the two sides; 0 where nothing floats.
     """
 
     found: list[Found] = dataclasses.field(default_factory=list)
     notes: list[str] = dataclasses.field(default_factory=list)
     drift: list[Apart] = dataclasses.field(default_factory=list)
     not_whole: list[tuple[int, str]] = dataclasses.field(default_factory=list)
+    unit: float = 0.0
 
     def add(self, tensor: str, comparison: Comparison, role: str, one_side: str = "") -> None:
         """Add one compared tensor."""
@@ -75,7 +78,7 @@ class Compared:
 
 
 def compare_attention(
-    first: AttentionCall, second: AttentionCall, frameworks: tuple[str, str], drift: Drift, with_weights: bool
+    first: AttentionCall, second: AttentionCall, frameworks: tuple[str, str], drift: Drift, weights: str
 ) -> Compared:
     """Compare one call on both sides.
 
@@ -84,12 +87,17 @@ def compare_attention(
         second: on the other.
         frameworks: of the two.
         drift: what the two runs have drifted apart so far.
-        with_weights: whether this is the call that the weights were recorded at.
+        weights: how the weights are compared: "recorded" bit for bit, "trained" by what training makes of rounding;
+            "" where they are what they were at the call before.
     """
-    compared = Compared()
+    compared = Compared(unit=unit_of(first.dtype, second.dtype))
     _compare_settings(first, second, compared)
-    if with_weights:
-        compare_weights(first.layer.weights.arrays(), second.layer.weights.arrays(), compared)
+    arrays = first.layer.weights.arrays(), second.layer.weights.arrays()
+    if weights == "recorded":
+        compare_weights(*arrays, compared)
+    elif weights == "trained":
+        extra = max(call.layer.spec.extra_columns for call in (first, second))
+        add_trained(*arrays, drift, unit_of(first.dtype, second.dtype), compared, () if extra else ("k_bias",))
     _compare_inputs(first, second, drift, compared)
     _compare_masks(first, second, frameworks, compared)
     _compare_answers(first, second, frameworks, compared)
@@ -121,6 +129,22 @@ def compare_weights(first: dict[str, np.ndarray], second: dict[str, np.ndarray],
     """Compare parameters by name."""
     for name in dict.fromkeys((*first, *second)):
         compared.add(name, compare(first.get(name), second.get(name)), "weights")
+
+
+def add_trained(
+    first: dict[str, np.ndarray],
+    second: dict[str, np.ndarray],
+    drift: Drift,
+    unit: float,
+    compared: Compared,
+    idle: tuple[str, ...] = (),
+) -> None:
+    """Compare parameters by name that have changed since the first call."""
+    made, far = compare_trained(first, second, drift, unit, frozenset(idle))
+    for name, comparison in made.items():
+        compared.add(name, comparison, "weights")
+    compared.drift += far
+    compared.notes.append("its parameters have changed since its call before: they are compared like gradients")
 
 
 def _compare_inputs(first: AttentionCall, second: AttentionCall, drift: Drift, compared: Compared) -> None:
@@ -277,14 +301,7 @@ def _compare_output(
     comparison = compare(first.output, second.output, distances=judged, allowed=allowed)
     compared.add("output", _explained(comparison, compared), "computed")
     if comparison.ok and all(each is not None for each in judged):
-        compared.drift.append(apart_where_finite(first.output, second.output))
-
-
-def apart_where_finite(first: np.ndarray, second: np.ndarray) -> Apart:
-    """How far two tensors of one shape are apart, over what is finite on both sides."""
-    a, b = float64(first), float64(second)
-    fine = np.isfinite(a) & np.isfinite(b)
-    return apart(np.where(fine, a, 0.0), np.where(fine, b, 0.0))
+        compared.drift.append(apart(first.output, second.output))
 
 
 def _nan_rows(first: AttentionCall, second: AttentionCall) -> np.ndarray | None:

@@ -100,16 +100,16 @@ class AttentionCall:
         return ", ".join(said) or "no mask"
 
 
-def describe(recording: Recording, layer: RecordedLayer) -> Described:
-    """The spec and weights of a recorded attention layer.
+def describe(recording: Recording, layer: RecordedLayer, call: RecordedCall) -> Described:
+    """The spec and weights of a recorded attention layer, as they were at a call.
 
     Raises:
         MHABridgeError: they cannot be told, or are no plain multi-head attention.
     """
-    if not layer.parameters:
+    if not call.parameters:
         raise UnsupportedError(layer.path, given="no parameters in the recording", expected="those of the layer")
     dialect = _dialect(recording, layer)
-    named = recording.parameters(layer)
+    named = recording.parameters(call)
     layout = packing.find(recording.framework)
     extra = {name: named.pop(name).reshape(-1) for name in _beside(layout, named)}
     known = _known(dialect, layout, layer.settings)

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from mhabridge import dtypes
+from mhabridge.diff.comparing import Comparison
 from mhabridge.diff.diagnosis import Diagnosis
 from mhabridge.diff.recordings.attention_calls import SWAPPED, Compared, alike
 from mhabridge.diff.recordings.canonical import AttentionCall, Described
@@ -141,6 +142,48 @@ def _call(should: AttentionCall, there: dict[str, np.ndarray], part: slice) -> d
     }
 
 
+def explain_gradients(
+    call: AttentionCall, grads: dict[str, np.ndarray], found: dict[str, Comparison], number: int, framework: str
+) -> Diagnosis | None:
+    """What explains one side's gradients; None where they are right for the gradient that came in.
+
+    Args:
+        call: on that side.
+        grads: of it, by canonical name.
+        found: the comparisons of both sides' gradients, by tensor.
+        number: of the side: 0 or 1.
+        framework: of the side.
+    """
+    judged = {name: found[f"grads.{name}"].distances[number] for name in grads if f"grads.{name}" in found}
+    known = {name: each for name, each in judged.items() if each is not None}
+    if all(each.ok for each in known.values()) or call.output is None or not _finite(call):
+        return None
+    # The gradient of a tensor that is several inputs is their sum, which the search knows nothing of.
+    sums = {*call.shared, *call.shared.values()}
+    there = {f"grads.{name}": grads[name] for name in known if name not in sums}
+    if all(known[name].ok for name in known if name not in sums):
+        return Diagnosis("", "", words=unexplained_gradients(found))
+    from mhabridge.diff.diagnosis.search import diagnose
+
+    part = slice(0, len(call.query))
+    observed = {"output": call.output, **there}
+    inputs = tuple(dtypes.round_to(each, call.spec.dtype) for each in (call.query, call.key, call.value))
+    asked = {**_call(call, observed, part), "grad_output": grads["output"]}
+    try:
+        expected = known_accuracy(framework, call.dtype)
+        return diagnose(call.spec, call.layer.weights, (inputs[0], inputs[1], inputs[2]), asked, observed, expected)
+    except MHABridgeError as error:
+        return Diagnosis("", "", words=f"Unexplained: {error}")
+
+
+def unexplained_gradients(found: dict[str, Comparison]) -> str:
+    """What can be said of gradients that no fault explains."""
+    off = [name for name, each in found.items() if not each.ok]
+    if "grads.output" in off:
+        return "Unexplained: the gradient that comes in differs already. The fault lies behind this layer."
+    return f"Unexplained: what comes out is right, and these gradients are not: {', '.join(off[:6])}."
+
+
 def cause(compared: Compared) -> str:
     """What of a layer diverges, in words: what came in, what the layer is, or what it computes."""
     said = []
@@ -160,4 +203,6 @@ def cause(compared: Compared) -> str:
         said.append("the layer computes something else than its inputs and weights say")
     elif computed:
         said.append(f"what comes out differs: {', '.join(each.tensor for each in computed[:4])}")
+    if compared.wrong("single_step") and not compared.wrong("settings", "weights", "computed"):
+        said.append("run on the first side's inputs, the layer computes something else than they and its weights say")
     return "; ".join(said)

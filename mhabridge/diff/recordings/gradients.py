@@ -2,8 +2,9 @@
 
 The gradient of the output came from later layers and is compared by how far it may have drifted, backwards through the
 model; the others are the layer's own, and each side is held against the float64 reference for the gradient of the
-output that it was given. Those of parameters add up over all calls of a layer, so they are judged where it was called
-once, and otherwise compared by drift. One that a side lacks is broken, unless its recording says that it was left out.
+output that it was given. Those of parameters add up over all calls of a layer in one backward, so they are judged
+where that was one, and otherwise compared by drift. One that a side lacks is broken, unless its recording says that it
+was left out.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from mhabridge.diff.recordings.attention_calls import Compared, unit_of
 from mhabridge.diff.recordings.canonical import AttentionCall, Grads
 from mhabridge.diff.recordings.drift import Apart, Drift, apart
 from mhabridge.diff.recordings.judging import Material, Piece, affordable_whole, known_accuracy
+from mhabridge.diff.recordings.trained import with_bias
 from mhabridge.diff.rounding import SAMPLES, bounds_of, noisy
 from mhabridge.reference import FLOAT64, Arithmetic
 
@@ -74,7 +76,7 @@ def compare_gradients(
         calls: on both sides.
         grads: on both sides.
         frameworks: of the two.
-        once: whether the layer was called once on both sides.
+        once: whether this was the layer's only call in that backward, on both sides.
         compared: where notes go, and what is not whole.
     """
     arrays = first, second = grads[0].arrays, grads[1].arrays
@@ -95,7 +97,7 @@ def compare_gradients(
         elif name != "output" and all(each is not None for each in distances):
             comparisons[f"grads.{name}"] = compare(a, b, distances=distances, allowed=_nan(a, b))
         else:
-            waiting[f"grads.{name}"] = _measured(a, b)
+            waiting[f"grads.{name}"] = _measured(a, b, with_bias(name, first), with_bias(name, second))
     return Backward(comparisons, waiting, unit_of(calls[0].dtype, calls[1].dtype))
 
 
@@ -119,11 +121,15 @@ def _nan(a: np.ndarray, b: np.ndarray) -> np.ndarray | None:
     return np.asarray(np.isnan(dtypes.to_float64(a)) & np.isnan(dtypes.to_float64(b)))
 
 
-def _measured(a: np.ndarray, b: np.ndarray) -> tuple[Like | None, Like | None, Measure, Apart]:
+def _measured(
+    a: np.ndarray, b: np.ndarray, x: np.ndarray | None, y: np.ndarray | None
+) -> tuple[Like | None, Like | None, Measure, Apart]:
+    """What is kept of two gradients, which are seen as parts of x and y."""
     measure, far = Measure(), Apart(0.0, 0.0, 0.0)
     if a.shape == b.shape:
         measure.add(a, b)
-        far = apart(a, b) if measure.strange is None else far
+        alike = x is not None and y is not None and x.shape == y.shape
+        far = far if measure.strange is not None else apart(x, y) if alike else apart(a, b)  # type: ignore[arg-type]
     return Like(a.shape, dtypes.name_of(a)), Like(b.shape, dtypes.name_of(b)), measure, far
 
 

@@ -9,11 +9,15 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from mhabridge import mapping
+import numpy as np
+
+from mhabridge import dtypes, mapping
 from mhabridge.checkpoint.planning.renaming import renamer
+from mhabridge.errors import CheckpointError, MHABridgeError
 from mhabridge.recording.reading import RecordedCall, RecordedLayer, Recording
 
 # Wrappers that put their own name before everything: torch.nn.DataParallel and its kin, torch.compile, Hugging Face.
@@ -113,14 +117,46 @@ def _in_order(
 ) -> Iterator[tuple[str, str]]:
     signs = [[signature(side, layer) for layer in of.values()] for side, of in ((first, left), (second, free))]
     names = list(left), list(free)
-    for a, b in longest_common(*signs):
+    prints = [[fingerprint(side, layer) for layer in of.values()] for side, of in ((first, left), (second, free))]
+    for a, b in longest_common(*signs, *prints):
         yield names[0][a], names[1][b]
 
 
-def longest_common(first: Sequence[Any], second: Sequence[Any]) -> list[tuple[int, int]]:
+def fingerprint(side: Recording, layer: RecordedLayer) -> int | None:
+    """A number for the values that a layer holds, whatever framework packs them; None where it holds none."""
+    from mhabridge.diff.recordings import canonical, other_layers
+
+    call = next(call for call in side.calls if call.layer == layer.path)
+    try:
+        if layer.attention:
+            arrays = canonical.describe(side, layer, call).weights.arrays()
+        else:
+            arrays = other_layers.parameters_of(side, layer, call)
+    except CheckpointError:
+        raise
+    except MHABridgeError:  # judging the layer says so
+        return None
+    found = 0
+    for name in sorted(arrays):
+        words = np.ascontiguousarray(dtypes.to_words(arrays[name])).reshape(-1)
+        found = zlib.crc32(words.view(np.uint8).data, zlib.crc32(name.encode(), found))
+    return found if arrays else None
+
+
+def longest_common(
+    first: Sequence[Any], second: Sequence[Any], held: Sequence[Any] = (), other: Sequence[Any] = ()
+) -> list[tuple[int, int]]:
     """The places of the most items that can be paired in order, as close to the same place as may be.
 
+    Args:
+        first: items.
+        second: others.
+        held: what each of the first holds, if that is known; two that hold the same count for two pairs.
+        other: likewise of the second.
+
     Example:
+        >>> longest_common("aaa", "aa", "xyz", "xz")
+        [(0, 0), (2, 1)]
         >>> longest_common("abaa", "acaa")
         [(0, 0), (2, 2), (3, 3)]
     """
@@ -129,7 +165,7 @@ def longest_common(first: Sequence[Any], second: Sequence[Any]) -> list[tuple[in
         coded = [[numbers.setdefault(sign, len(numbers)) for sign in side] for side in (first, second)]
         blocks = difflib.SequenceMatcher(None, coded[0], coded[1], autojunk=False).get_matching_blocks()
         return [(a + n, b + n) for a, b, size in blocks for n in range(size)]
-    best = _scores(first, second)
+    best = _scores(first, second, held, other)
     found, a, b = [], 0, 0
     while a < len(first) and b < len(second):
         if best[a][b] == best[a + 1][b]:
@@ -142,7 +178,9 @@ def longest_common(first: Sequence[Any], second: Sequence[Any]) -> list[tuple[in
     return found
 
 
-def _scores(first: Sequence[Any], second: Sequence[Any]) -> list[list[float]]:
+def _scores(
+    first: Sequence[Any], second: Sequence[Any], held: Sequence[Any], other: Sequence[Any]
+) -> list[list[float]]:
     """For each two tails the largest number of pairs, less a little for pairs at different places."""
     far = 1.0 / (1 + (len(first) + len(second)) ** 2)
     best = [[0.0] * (len(second) + 1) for _ in range(len(first) + 1)]
@@ -151,7 +189,8 @@ def _scores(first: Sequence[Any], second: Sequence[Any]) -> list[list[float]]:
         for b in range(len(second) - 1, -1, -1):
             here[b] = max(below[b], here[b + 1])
             if first[a] == second[b]:
-                here[b] = max(here[b], below[b + 1] + 1.0 - far * abs(a - b))
+                same = bool(held and other) and held[a] is not None and held[a] == other[b]
+                here[b] = max(here[b], below[b + 1] + (2.0 if same else 1.0) - far * abs(a - b))
     return best
 
 
@@ -170,7 +209,7 @@ def signature(side: Recording, layer: RecordedLayer) -> tuple[Any, ...]:
     """What two layers must have in common to be matched by their order: kind, heads, and how many numbers they hold."""
     sizes = sum(side.file[name].size for name in layer.parameters.values())
     settings = layer.settings
-    return kind_of(layer), str(settings.get("embed_dim")), str(settings.get("num_heads")), sizes
+    return layer.whole, kind_of(layer), str(settings.get("embed_dim")), str(settings.get("num_heads")), sizes
 
 
 def pairs(first: Recording, second: Recording, layers: Mapping[str, tuple[str, str]]) -> list[Pair]:
@@ -189,6 +228,13 @@ def pairs(first: Recording, second: Recording, layers: Mapping[str, tuple[str, s
             found.append(Pair(None, theirs[waiting.pop(0)]))
         found.append(Pair(call, None if place is None else theirs[place], "" if place is None else how))
     return found + [Pair(None, theirs[place]) for place in waiting]
+
+
+def weights_at(first: RecordedCall, second: RecordedCall) -> str:
+    """How the parameters of a layer are compared at a call: see ``compare_attention``."""
+    if first.nth == second.nth == 0:
+        return "recorded"
+    return "trained" if first.changed or second.changed else ""
 
 
 def in_order_of_ending(calls: Iterable[RecordedCall]) -> list[RecordedCall]:

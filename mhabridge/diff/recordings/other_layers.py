@@ -20,6 +20,7 @@ from mhabridge.diff.recordings.arrays import coarsest_of, float64
 from mhabridge.diff.recordings.judging import known_accuracy
 from mhabridge.diff.recordings.matching import kind_of
 from mhabridge.diff.rounding import SAMPLES, Accuracy, Bound, bounds_of, noisy
+from mhabridge.errors import UnsupportedError
 from mhabridge.recording.reading import RecordedCall, RecordedLayer, Recording
 from mhabridge.reference import FLOAT64, Arithmetic
 
@@ -92,13 +93,18 @@ def epsilon_of(layer: RecordedLayer) -> float | None:
     return float(found) if isinstance(found, (int, float)) and not isinstance(found, bool) else None
 
 
-def parameters_of(recording: Recording, layer: RecordedLayer) -> dict[str, np.ndarray]:
-    """A layer's parameters by PyTorch's names, where the tables know them; by their own names otherwise."""
-    shapes = {name: recording.file[tensor].shape for name, tensor in layer.parameters.items()}
+def parameters_of(recording: Recording, layer: RecordedLayer, call: RecordedCall) -> dict[str, np.ndarray]:
+    """A layer's parameters at a call, by PyTorch's names where the tables know them; by their own names otherwise.
+
+    Raises:
+        UnsupportedError: one of them was left out.
+    """
+    there = recording.parameters(call)
+    shapes = {name: tuple(array.shape) for name, array in there.items()}
     known = KNOWN.get(kind_of(layer))
     found = modules.readings(shapes) if known and known.module else []
     names = next((reading.parts for reading in found if known and reading.kind == known.module), {})
-    return {names.get(name, name): array for name, array in recording.parameters(layer).items()}
+    return {names.get(name, name): array for name, array in there.items()}
 
 
 def distance(
@@ -118,7 +124,10 @@ def distance(
         return None
     if (known.formula is _same and call.training) or layer.settings.get(known.refused):
         return None
-    parameters = parameters_of(recording, layer)
+    try:
+        parameters = parameters_of(recording, layer, call)
+    except UnsupportedError:  # comparing the parameters says so
+        return None
     if not _fits(known, inputs[0], parameters) or (known.module == "norm" and epsilon_of(layer) is None):
         return None
     shape = _shape(known, inputs[0], parameters)

@@ -65,7 +65,9 @@ class SingleStep:
         dead = first.masks.fully_masked(first.layer.spec.extra_columns).any(axis=1)[..., None]
         allowed = np.broadcast_to(dead, first.output.shape)
         output = dtypes.round_to(result.output, dtype) if ran == mapping.REFERENCE else result.output
-        compared.add("single_step.output", compare(first.output, output, distances=found, allowed=allowed), "computed")
+        compared.add(
+            "single_step.output", compare(first.output, output, distances=found, allowed=allowed), "single_step"
+        )
 
     def _run(self, first: AttentionCall, second: AttentionCall) -> tuple[Result, str]:
         spec = second.layer.spec.replace(batch_first=True)
