@@ -150,6 +150,25 @@ def test_one_element_is_found(change: Callable[[Arrays], None], verdict: str, tm
         assert wrong(report) == {f"{LAYERS[1]}.k_weight": verdict}
 
 
+@pytest.mark.parametrize("inner", [16, 24])
+@pytest.mark.parametrize("ending", ["ckpt", "pth"])
+def test_gpt2s_other_linear_maps_lie_the_other_way_round_too(ending: str, inner: int, tmp_path: Path) -> None:
+    rng = np.random.default_rng(1)
+    named = attention("gpt2", prefixes=("h.0.attn",))
+    for path, shape in (("c_fc", (16, inner)), ("c_proj", (inner, 16))):
+        named[f"h.0.mlp.{path}.weight"] = rng.standard_normal(shape, "f4")
+        named[f"h.0.mlp.{path}.bias"] = rng.standard_normal(shape[1], "f4")
+    source, target = saved(tmp_path / "a", named), tmp_path / f"b.{ending}"
+    to = {"ckpt": "mindspore", "pth": "torch"}[ending]
+    convert_checkpoint(source, target, to=to, num_heads=4)
+    report = diff_checkpoints(source, target)
+    assert (report.verdict, wrong(report)) == ("equal", {})
+    named["h.0.mlp.c_fc.weight"][3, 2] += 1
+    report = diff_checkpoints(saved(tmp_path / "c", named), target)
+    assert wrong(report) == {"h.0.mlp.c_fc.weight": "off"}
+    assert entry(report, "h.0.mlp.c_fc", "weight").comparison.index == (2, 3)  # (out, in)
+
+
 def test_nan_on_both_sides_is_broken(tmp_path: Path) -> None:
     named = model()
     put_nan(named)

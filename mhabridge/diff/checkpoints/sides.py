@@ -11,7 +11,7 @@ from typing import Any
 
 from mhabridge import layouts, packing
 from mhabridge.checkpoint.formats.scalars import as_tensor
-from mhabridge.checkpoint.planning import modules, sidecar
+from mhabridge.checkpoint.planning import modules, sidecar, turned
 from mhabridge.checkpoint.planning.drafts import Draft, by_module
 from mhabridge.checkpoint.planning.layers import Block, find_blocks
 from mhabridge.checkpoint.planning.modules import Reading
@@ -129,8 +129,9 @@ class Checkpoint:
         taken = {name for block in self.blocks.values() for name in block.names}
         found = [(place[block.names[0]], self._attention(block)) for block in self.blocks.values()]
         left = [name for name in self.tensors if name not in taken]
+        lying = turned.paths((block.prefix, block.layout) for block in self.blocks.values())
         for path, leaves in by_module(left).items():
-            found.append((place[next(iter(leaves.values()))], self._layer(path, leaves)))
+            found.append((place[next(iter(leaves.values()))], self._layer(path, leaves, path in lying)))
         return [group for _, group in sorted(found, key=lambda pair: pair[0])]
 
     def _attention(self, block: Block) -> Group:
@@ -147,9 +148,12 @@ class Checkpoint:
         below, old = name[len(packing.join(path, "")) :], self.old_names[name]
         return old[: -len(below)].rstrip(".") if old.endswith(below) else path
 
-    def _layer(self, path: str, leaves: Mapping[str, str]) -> Group:
+    def _layer(self, path: str, leaves: Mapping[str, str], lying: bool) -> Group:
+        """Another layer; ``lying``: beside attention whose linear maps lie the other way round."""
         tensors = {leaf: self.tensors[name] for leaf, name in leaves.items()}
         names = {leaf: self.old_names[name] for leaf, name in leaves.items()}
+        if lying and turned.reading(shapes_of(tensors), turned=True):
+            tensors["weight"] = turned.unturned(tensors["weight"])
         shapes = shapes_of(tensors)
         found = tuple(modules.readings(shapes, self.dialects) or modules.readings(shapes))
         return Group(path, self._old_path(path, next(iter(leaves.values()))), tensors, names, None, found)
