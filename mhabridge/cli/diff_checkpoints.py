@@ -35,8 +35,7 @@ def command(a: str, b: str, num_heads: int | None, rename: tuple[str, ...], ever
     outputs.check(given, (a, b))
     from mhabridge.diff.checkpoints import diff_checkpoints
 
-    with outputs.rules_alone():
-        report = diff_checkpoints(a, b, num_heads=num_heads, rename=rename, pictures=outputs.wants_pictures(given))
+    report = diff_checkpoints(a, b, num_heads=num_heads, rename=rename, pictures=outputs.wants_pictures(given))
     outputs.give(report, given, lambda: show(report, every))
     sys.exit(report.exit_code)
 

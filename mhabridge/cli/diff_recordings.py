@@ -42,10 +42,9 @@ def command(a: str, b: str, rename: tuple[str, ...], by_name: bool, single_step:
     outputs.check(given, (a, b))
     from mhabridge.diff.recordings import diff_recordings
 
-    with outputs.rules_alone():
-        report = diff_recordings(
-            a, b, rules=rename, order=not by_name, single_step=single_step, pictures=outputs.wants_pictures(given)
-        )
+    report = diff_recordings(
+        a, b, rules=rename, order=not by_name, single_step=single_step, pictures=outputs.wants_pictures(given)
+    )
     outputs.give(report, given, lambda: show(report))
     sys.exit(report.exit_code)
 

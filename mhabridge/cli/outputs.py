@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import pathlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
@@ -44,24 +43,6 @@ def check(given: dict[str, Any], inputs: Sequence[str | None] = ()) -> None:
             raise click.UsageError(f"--{kind}: {str(path)!r} is one of the files that are compared.")
         if any(path.resolve() == other.resolve() for name, other in targets.items() if name != kind):
             raise click.UsageError(f"--{kind}: {str(path)!r} is given twice.")
-
-
-@contextlib.contextmanager
-def rules_alone() -> Iterator[None]:
-    """While rules are read: an error of theirs advises no option that the command has not.
-
-    Raises:
-        ArgumentError: the same, without it.
-    """
-    from mhabridge.errors import ArgumentError
-
-    try:
-        yield
-    except ArgumentError as error:
-        if "--drop" not in error.advice:
-            raise
-        advice = error.advice.partition(";")[0] + "."
-        raise ArgumentError(error.subject, given=error.given, expected=error.expected, advice=advice) from error
 
 
 def give(report: DiffReport, given: dict[str, Any], show: Callable[[], None]) -> None:

@@ -65,7 +65,7 @@ def rule(text: str) -> Rule:
             "rename",
             given=repr(text),
             expected="PATTERN=REPLACEMENT, with no more * in the replacement than in the pattern",
-            advice="For example 'module.*=*' takes a prefix away; --drop leaves tensors out.",
+            advice="For example 'module.*=*' takes a prefix away.",
         )
     compiled = re.compile("(.*)".join(map(re.escape, pattern.split("*"))), re.DOTALL)
     return Rule(text, compiled, tuple(replacement.split("*")))
