@@ -524,6 +524,34 @@ def test_the_linear_maps_of_gpt2_are_turned_and_come_back(to: str, ending: str, 
         assert {name: file.read(name).tobytes() for name in file} == {n: one.tobytes() for n, one in named.items()}
 
 
+@pytest.mark.parametrize(
+    "rules",
+    [
+        ["h.*.mlp.c_fc.*=h.*.mlp.fc1.*"],
+        ["h.*.attn.*=h.*.attention.self.*"],
+        ["h.*=transformer.h.*"],
+        ["h.*.mlp.*=blocks.*.ffn.*", "h.*.attn.*=blocks.*.attn.*"],
+    ],
+)
+def test_the_linear_maps_of_gpt2_are_turned_whatever_they_are_renamed_to(rules: list[str], tmp_path: Path) -> None:
+    source, named = gpt2_file(tmp_path, 8)
+    report = convert_checkpoint(source, tmp_path / "b.ckpt", to="mindspore", num_heads=2, rename=rules)
+    assert report.verified
+    assert report.counts["linear: (in, out) -> (out, in)"] == 8
+    target = next(entry.target for entry in report.entries if entry.sources == ("h.0.mlp.c_fc.weight",))
+    assert target is not None
+    with open_checkpoint(tmp_path / "b.ckpt") as file:
+        np.testing.assert_array_equal(file.read(target), named["h.0.mlp.c_fc.weight"].T)
+    assert fingerprint(source) == fingerprint(tmp_path / "b.ckpt")
+
+
+def test_who_says_that_a_map_beside_gpt2s_attention_is_linear_is_believed(tmp_path: Path) -> None:
+    source, named = gpt2_file(tmp_path, 8)
+    convert_checkpoint(source, tmp_path / "b.npz", to="torch", num_heads=2, kinds={"h.*.mlp.*": "linear"})
+    with open_checkpoint(tmp_path / "b.npz") as file:
+        np.testing.assert_array_equal(file.read("h.0.mlp.c_fc.weight"), named["h.0.mlp.c_fc.weight"])
+
+
 def test_the_linear_maps_of_gpt2_stay_where_its_layout_stays(tmp_path: Path) -> None:
     source, _ = gpt2_file(tmp_path, 8)
     report = convert_checkpoint(source, tmp_path / "b.pth", to="torch", layout="gpt2")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pathlib
+import re
 import tracemalloc
 
 import numpy as np
@@ -11,6 +12,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from mhabridge.checkpoint.conversion import convert_checkpoint
+from mhabridge.checkpoint.fingerprints import fingerprint
 from mhabridge.checkpoint.formats import mindspore_ckpt, mindspore_writing
 from mhabridge.checkpoint.formats.mindspore_entries import TYPES, head_of, varint
 from mhabridge.checkpoint.storage.stored import StoredObject
@@ -318,3 +321,31 @@ def assert_bounded(file: pathlib.Path, content: bytes) -> None:
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         assert peak < 4_000_000
+
+
+@pytest.mark.frameworks
+@pytest.mark.parametrize("optimizer", ["Adam", "Momentum", "SGD", "AdamWeightDecay"])
+@pytest.mark.parametrize("bare", [False, True])
+def test_an_optimizers_tensors_are_no_weights(bare: bool, optimizer: str, tmp_path: pathlib.Path) -> None:
+    """A checkpoint of a network in training has them under the names of its parameters."""
+    ms = pytest.importorskip("mindspore", reason="MindSpore is not importable here")
+    attention = ms.nn.MultiheadAttention(8, 2)
+    model = attention if bare else ms.nn.SequentialCell(attention, ms.nn.Dense(8, 8))
+    more = {"momentum": 0.9} if optimizer == "Momentum" else {}
+    update = getattr(ms.nn, optimizer)(model.trainable_params(), learning_rate=0.1, **more)
+    ms.save_checkpoint(model, str(tmp_path / "model.ckpt"))
+    both = {parameter.name: parameter for parameter in (*model.get_parameters(), *update.get_parameters())}
+    ms.save_checkpoint([{"name": name, "data": one} for name, one in both.items()], str(tmp_path / "both.ckpt"))
+
+    plain, whole = (fingerprint(tmp_path / f"{name}.ckpt") for name in ("model", "both"))
+    assert whole.attention == plain.attention
+    assert whole.all != plain.all
+    report = convert_checkpoint(tmp_path / "both.ckpt", tmp_path / "both.pth", to="torch", num_heads=2)
+    own = {entry.target for entry in report.entries if entry.rule == "unchanged: an optimizer's"}
+    assert own == both.keys() - {parameter.name for parameter in model.get_parameters()}
+    (note,) = [note for note in report.notes if "an optimizer's and stay" in note]
+    patterns = re.findall("--drop '([^']*)'", note)
+    assert "global_step" in patterns
+    left = convert_checkpoint(tmp_path / "both.ckpt", tmp_path / "b.pth", to="torch", num_heads=2, drop=patterns)
+    assert left.verified
+    assert fingerprint(tmp_path / "b.pth") == plain

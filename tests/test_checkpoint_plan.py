@@ -661,7 +661,8 @@ def report_of(source: Path, to: str = "torch") -> ConversionReport:
         ({"n.gamma": 4, "n.beta": 4}, True),
         ({"n.gamma": 4, "n.beta": 4, "m.gamma": 4, "m.beta": 4, "mint.weight": 4, "mint.bias": 4}, True),
         ({"n.gamma": 4, "n.beta": 4, "a.weight": 4, "a.bias": 4, "b.weight": 4, "b.bias": 4}, False),
-        ({"n.gamma": 4}, True),  # MindSpore's norms may be without a beta
+        ({"n.gamma": 4}, False),  # a LayerScale; a norm of MindSpore's without a beta says so by --from
+        ({"ls.gamma": 4, "n.gamma": 4, "n.beta": 4}, True),
         ({"n.gamma": 4, "a.weight": 4, "a.bias": 4}, False),
         ({"bn.moving_mean": 4, "bn.moving_variance": 4, "a.weight": 4, "a.bias": 4, "n.gamma": 4}, True),
     ],

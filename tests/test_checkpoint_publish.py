@@ -413,3 +413,24 @@ def test_a_pipe_in_the_place_of_a_file_is_not_waited_for(tmp_path: Path) -> None
         Deflated(path, "w", 0, 10, 10, 0).head(5)
     with pytest.raises(CheckpointError, match=r"a\.npz: given no regular file"):
         Deflated(path, "w", 0, 10, 10, 0).unpack()
+
+
+# -- one file of a checkpoint in several -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dry_run", [True, False])
+@pytest.mark.parametrize("which", [0, 1])
+def test_one_of_several_files_is_not_written_over(which: int, dry_run: bool, tmp_path: Path) -> None:
+    """Neither by itself in another framework's names nor by another one: the index would say what is no longer so."""
+    index = tmp_path / "a.safetensors.index.json"
+    convert(source_of(tmp_path), index)
+    shards = sorted(tmp_path.glob("a-*.safetensors"))
+    assert len(shards) > 1
+    before = bytes_in(tmp_path)
+    with pytest.raises(CheckpointError, match=r"a file that a\.safetensors\.index\.json lists.*expected another file"):
+        convert_checkpoint(shards[0], shards[which], force=True, dry_run=dry_run)
+    assert bytes_in(tmp_path) == before
+    assert convert_checkpoint(shards[0], tmp_path / "b.safetensors").verified
+    (tmp_path / "broken.index.json").write_text("{")
+    assert convert_checkpoint(shards[0], tmp_path / "b.safetensors", force=True).verified
+    assert convert(source_of(tmp_path), index).verified  # its own files are replaced together

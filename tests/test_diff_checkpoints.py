@@ -163,10 +163,21 @@ def test_gpt2s_other_linear_maps_lie_the_other_way_round_too(ending: str, inner:
     convert_checkpoint(source, target, to=to, num_heads=4)
     report = diff_checkpoints(source, target)
     assert (report.verdict, wrong(report)) == ("equal", {})
+    convert_checkpoint(source, target, to=to, num_heads=4, rename="h.*.mlp.c_fc.*=h.*.mlp.fc1.*", force=True)
+    rules = ["h.*.mlp.c_fc.*=h.*.mlp.fc1.*"]
+    assert wrong(diff_checkpoints(source, target, rename=rules)) == {}
+    assert wrong(diff_checkpoints(target, source, rename=["h.*.mlp.fc1.*=h.*.mlp.c_fc.*"])) == {}
+    convert_checkpoint(source, target, to=to, num_heads=4, force=True)
     named["h.0.mlp.c_fc.weight"][3, 2] += 1
     report = diff_checkpoints(saved(tmp_path / "c", named), target)
     assert wrong(report) == {"h.0.mlp.c_fc.weight": "off"}
     assert entry(report, "h.0.mlp.c_fc", "weight").comparison.index == (2, 3)  # (out, in)
+
+
+def test_a_model_with_a_head_calls_the_model_below_it_something(tmp_path: Path) -> None:
+    named = attention("gpt2", prefixes=("h.0.attn", "h.1.attn"))
+    whole = {f"transformer.{name}": one for name, one in named.items()}
+    assert of(tmp_path, named, whole).verdict == "equal"
 
 
 def test_nan_on_both_sides_is_broken(tmp_path: Path) -> None:

@@ -351,6 +351,11 @@ def test_inside_an_encoder_layer_it_is_not_gone_round() -> None:
             again = copy.deepcopy(layer)(x, **call)
         torch.testing.assert_close(again, trained)
     assert not torch.allclose(layer(x, is_causal=True), layer(x))
+    other = torch.nn.Linear(16, 16)
+    other.load_state_dict(layer.self_attn.out_proj.state_dict())
+    layer.self_attn.out_proj = other  # as tools do that change parts of a model
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x, **call), trained)
 
 
 def pruned(layer: Any) -> None:
@@ -374,6 +379,22 @@ def test_weights_that_a_hook_makes_are_refused(change: Any) -> None:
             with pytest.raises(UnsupportedError, match="in_proj_weight: given a tensor that a hook makes"):
                 use()
         assert layer(x, x, x)[0].isfinite().all()
+
+
+def test_parts_whose_weights_a_hook_makes_are_refused() -> None:
+    """``out_proj`` is never called, so its hook never runs; a part of a transformer is moved, and not called."""
+    import torch.nn.utils.prune
+
+    x = torch.randn(3, 2, 16)
+    layer = torch.nn.MultiheadAttention(16, 4)
+    torch.nn.utils.prune.l1_unstructured(layer.out_proj, "weight", 0.3)
+    stack = torch.nn.TransformerEncoderLayer(16, 4, 8)
+    torch.nn.utils.prune.l1_unstructured(stack.linear1, "weight", 0.3)
+    for use in (lambda: mb.attend(layer, x, x, x), lambda: mb.extract(layer)):
+        with pytest.raises(UnsupportedError, match=r"out_proj\.weight: given a tensor that a hook makes"):
+            use()
+    with pytest.raises(UnsupportedError, match=r"linear1\.weight: given a tensor that a hook makes"):
+        mb.extract(stack)
 
 
 def test_parametrized_weights_are_their_own() -> None:

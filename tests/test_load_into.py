@@ -682,3 +682,17 @@ def test_batch_norm_s_counter_may_be_missing(tmp_path: Path) -> None:
     assert report.ok
     assert report.notes[-1] == "1.num_batches_tracked: kept as it was; *num_batches_tracked may be missing"
     assert torch.equal(model[1].running_var, source[1].running_var)
+
+
+@pytest.mark.frameworks
+def test_an_embedding_of_another_size_is_a_mismatch(tmp_path: Path) -> None:
+    """The target's names settle what it is, though its shape fits neither reading."""
+    torch = pytest.importorskip("torch", reason="PyTorch is not importable here")
+    ms = pytest.importorskip("mindspore", reason="MindSpore is not importable here")
+    torch.save(torch.nn.Sequential(torch.nn.Embedding(6, 8), torch.nn.Linear(8, 8)).state_dict(), tmp_path / "a.pth")
+    model = ms.nn.SequentialCell(ms.nn.Embedding(5, 8), ms.nn.Dense(8, 8))
+    with pytest.raises(WeightsError, match=r"0\.embedding_table"):
+        load_into(model, tmp_path / "a.pth")
+    report = load_into(model, tmp_path / "a.pth", strict=False)
+    assert [one.name for one in report.mismatched] == ["0.embedding_table"]
+    assert set(report.loaded) == {"1.weight", "1.bias"}

@@ -59,11 +59,19 @@ class MultiheadAttention(torch.nn.MultiheadAttention):  # type: ignore[misc]
         super().__init__(**native_form(held, FRAMEWORK, version(), turn=True).kwargs)
         self.batch_first = spec.batch_first  # PyTorch 1.8.1 has none; such a layer is composed there
         self.beyond, self.made_of = beyond(spec), spec
-        # Inside PyTorch's own encoder layer the fast path would go round it: not causal, and in evaluation only.
-        self.out_proj.register_forward_pre_hook(_no_fast_path)  # a part that is never called, so this costs nothing
         self.to(dtype=getattr(torch, spec.dtype))
         load(self, weights.to_layout("torch", held, notes=notes))
         on_device(self, device)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set an attribute; whatever becomes the ``out_proj`` keeps PyTorch's encoder layer from its fast path.
+
+        That would go round the attention: not causal, and in evaluation only. A hook keeps it from it, and on a part
+        that is never called a hook costs nothing.
+        """
+        super().__setattr__(name, value)
+        if name == "out_proj" and isinstance(value, torch.nn.Module):
+            value.register_forward_pre_hook(_no_fast_path)
 
     def forward(
         self,

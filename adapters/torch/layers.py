@@ -14,7 +14,7 @@ from mhabridge.weights import MHAWeights
 
 from .dropin import MultiheadAttention
 from .native import FRAMEWORK, build_native, version
-from .parameters import owners, require_parameters, spec_of, weights_of
+from .parameters import ATTENTION, owners, require_parameters, spec_of, weights_of
 
 
 def is_layer(layer: Any) -> bool:
@@ -39,7 +39,8 @@ def require_plain(layer: Any) -> None:
     dropin.require_plain(layer, "forward", torch.nn.MultiheadAttention, MultiheadAttention)
     out_proj = vars(layer)["_modules"]["out_proj"]  # as an attribute it takes as long as all the rest
     dropin.require_part(out_proj, "out_proj", "forward", torch.nn.Linear)
-    require_parameters(layer)
+    require_parameters(layer, names=ATTENTION)
+    require_parameters(out_proj, "out_proj")
 
 
 def build(

@@ -15,28 +15,34 @@ from mhabridge.weights import MHAWeights
 
 from .tensors import compiling, to_numpy, to_tensor
 
-_OWN = frozenset({"in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight", "in_proj_bias"})
+_LINEAR = frozenset({"weight", "bias"})
+ATTENTION = frozenset({"in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight", "in_proj_bias"})
 
 
-def require_parameters(layer: torch.nn.MultiheadAttention) -> None:
-    """Raise for weights that a hook makes before each call of the layer: what is there is from the last one.
+def require_parameters(part: torch.nn.Module, path: str = "", names: frozenset[str] = _LINEAR) -> None:
+    """Raise for weights that a hook makes before each call of their layer: what is there is from the last one.
 
     Pruning does that, and PyTorch's older weight and spectral norms. Parametrizations, the newer ones, make them
     whenever they are asked for.
 
+    Args:
+        part: an attention layer or a linear map.
+        path: of the part.
+        names: what it may have as parameters.
+
     Raises:
         UnsupportedError: naming the weights.
     """
-    if vars(layer)["_parameters"].keys() >= _OWN:  # all there, and None where the layer has none
+    own = vars(part)
+    if names <= own["_parameters"].keys():  # all there, and None where the layer has none
         return
-    made = [name for name in _OWN - vars(layer)["_parameters"].keys() if name in vars(layer)]
+    made = sorted(name for name in names - own["_parameters"].keys() if name in own)
     if made:
         raise UnsupportedError(
-            ", ".join(sorted(made)),
+            ", ".join(f"{path}.{name}" if path else name for name in made),
             given="a tensor that a hook makes before each call of the layer (pruning, weight norm, spectral norm)",
             expected="parameters",
-            advice="Make it permanent first (torch.nn.utils.prune.remove, remove_weight_norm, remove_spectral_norm), "
-            "or use torch.nn.utils.parametrizations.",
+            advice="Make it permanent first (torch.nn.utils.prune.remove, remove_weight_norm, remove_spectral_norm).",
         )
 
 

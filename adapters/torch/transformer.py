@@ -24,6 +24,7 @@ from mhabridge.transformer_weights import TransformerWeights, names_in
 from . import layers as attentions
 from .dropin import MultiheadAttention
 from .native import FRAMEWORK, on_device, version
+from .parameters import require_parameters
 from .parameters import spec_of as attention_spec
 from .tensors import to_numpy, to_tensor
 
@@ -146,6 +147,7 @@ def _attention(attention: Any) -> MHASpec:
 
 def _linear(part: Any, path: str) -> Linear:
     dropin.require_part(part, path, "forward", torch.nn.Linear)
+    require_parameters(part, path)
     return Linear(part.out_features, part.bias is not None)
 
 

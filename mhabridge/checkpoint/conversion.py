@@ -165,6 +165,7 @@ def convert_checkpoint(
         job = Job(file, target, format, plan, kept, to, force, verify, progress, shard_size, sync, workers)
         report = dataclasses.replace(report, notes=(*report.notes, *[_VERSIONS][: job.loses_versions]))
         _require_nothing_lost(report, job)
+        _require_no_part(job)
         if dry_run:
             job.require_possible()
             return report
@@ -220,6 +221,25 @@ def _require_nothing_lost(report: ConversionReport, job: Job) -> None:
             expected="another file",
             advice="What is left out would be lost: write to another name." if lost else "Write to another name.",
         )
+
+
+def _require_no_part(job: Job) -> None:
+    """Refuse to write over one file of a checkpoint in several, whose index stays.
+
+    Raises:
+        CheckpointError: that checkpoint would no longer be whole.
+    """
+    touched = job.touched()
+    own = {_identity(file) for file in touched} - {None}
+    for file in touched:
+        index = sharded.index_of(file) if _identity(file) else None
+        if index is not None and _identity(index) not in own:
+            raise CheckpointError(
+                str(file),
+                given=f"a file that {index.name} lists",
+                expected="another file",
+                advice="That checkpoint would no longer be whole: write to another name, or convert the index.",
+            )
 
 
 def _identity(path: Path) -> tuple[int, int] | None:

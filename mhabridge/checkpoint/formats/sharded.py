@@ -318,6 +318,17 @@ def _old_files(index: Path) -> list[str]:
     return sorted(name for name in listed if ours.fullmatch(name))
 
 
+def index_of(file: Path) -> Path | None:
+    """The index beside a file that lists it; None if there is none."""
+    for index in sorted(file.parent.glob(f"*{ENDING}")):
+        try:
+            if file.name in _content(index)["weight_map"].values():
+                return index
+        except CheckpointError:  # no index, or a broken one: it loses nothing
+            continue
+    return None
+
+
 def _removed(files: Sequence[Path]) -> list[str]:
     """Remove files; their names."""
     for file in files:

@@ -70,13 +70,16 @@ def _weighed(framework: str, shared: list[str], first: str, shapes: Mapping[str,
             whole.append(path)
         elif not readings and modules.readings(own, others):
             against.append(path)
-    if len(whole) >= len(against):
+    if whole and len(whole) >= len(against):
         why = f"its layers have {', '.join(shared)} (as in {first})"
         why += f", and {len(against)} have other names (such as {against[0]})" if against else ""
         return Verdict(modules.of_framework(framework), _said(framework, why))
     title = _title(framework)
-    note = f"not read as {title}'s although {first} is there: {_count(len(against), 'layer has', 'layers have')} names "
-    note += f"and shapes that {title}'s have not (such as {against[0]}). --from {framework} says otherwise."
+    why = "no layer is whole with it"
+    if against:
+        why = f"{_count(len(against), 'layer has', 'layers have')} names and shapes that {title}'s have not"
+        why += f" (such as {against[0]})"
+    note = f"not read as {title}'s although {first} is there: {why}. --from {framework} says otherwise."
     return Verdict(others, note)
 
 

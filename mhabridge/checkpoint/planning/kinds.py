@@ -133,7 +133,8 @@ def decide(path: str, found: Sequence[Reading], dialect: str, wanted: Wanted = N
         sizes = sorted({size for shape in wanted.values() for size in shape})
         in_groups = [*more, *(Choice(one, size) for one in open_ones for size in sizes if one.may_have(size))]
         fitting = [one for one in choices + in_groups if _fits(one, dialect, wanted)]
-        choices, more = fitting or choices, [one for one in in_groups if one in fitting] if fitting else more
+        named = [one for one in choices if {name for name, _ in one.written(dialect).values()} <= wanted.keys()]
+        choices, more = fitting or named or choices, [one for one in in_groups if one in fitting] if fitting else more
     choices = _hinted(path, choices)
     different = {one.said(dialect): one for one in reversed(choices)}
     likely = {said: one for said, one in different.items() if not _unlikely(one.reading)} or different

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from mhabridge import layouts, mapping, packing
-from mhabridge.checkpoint.planning import configuration
+from mhabridge.checkpoint.planning import configuration, optimizers
 from mhabridge.checkpoint.planning.drafts import Paths, prefix_of
 from mhabridge.checkpoint.planning.sidecar import Specs, fields_of
 from mhabridge.checkpoint.storage.stored import StoredFile, StoredTensor, shapes_of
@@ -78,6 +78,10 @@ def find_blocks(
         UnsupportedError: a layer that is no plain multi-head attention.
         WeightsError: tensors that are not those of one layer.
     """
+    moments = optimizers.tensors(file)
+    if moments:
+        own_names = old_names or {}
+        tensors = {name: one for name, one in tensors.items() if own_names.get(name, name) not in moments}
     prefixes = list(dict.fromkeys(layouts.prefixes(tensors) + layouts.prefixes(tensors, refused=True)))
     own = _by_prefix(prefixes, tensors)
     aliases = {prefix: (prefix, _old_prefix(prefix, own[prefix], old_names or {})) for prefix in prefixes}

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mhabridge import layouts, mapping, packing
-from mhabridge.checkpoint.planning import completeness, modules, origins, renaming, sidecar, turned
+from mhabridge.checkpoint.planning import completeness, modules, optimizers, origins, renaming, sidecar, turned
 from mhabridge.checkpoint.planning.drafts import Check as Check
 from mhabridge.checkpoint.planning.drafts import Draft, Shape
 from mhabridge.checkpoint.planning.drafts import Entry as Entry
@@ -161,6 +161,11 @@ def _translate(draft: Draft, options: Options, to: Dialect) -> tuple[list[Block]
     if options.layout is not None:
         origins.require_known(*mapping.parse_name(options.layout), "layout")
     specs = sidecar.known(file, options.spec)
+    moments = optimizers.tensors(file)
+    kept = [(name, one) for name, one in draft.left().items() if draft.old_names[name] in moments]
+    for name, tensor in kept:
+        draft.carry(name, name, tensor.shape, optimizers.RULE)
+    draft.notes += [optimizers.note(draft.old_names[name] for name, _ in kept)] if kept else []
     blocks = find_blocks(file, draft.left(), specs, options.num_heads, draft.old_names)
     layouts_of = {block.prefix: options.layout or _layout_at(block, to, options.names_of) for block in blocks}
     for block in blocks:
@@ -173,7 +178,8 @@ def _translate(draft: Draft, options: Options, to: Dialect) -> tuple[list[Block]
     draft.notes += incomplete(draft.left())
     source = origins.origin(file, specs, options.source)
     draft.notes += [f"{file.path.name}: {source.note}"] if source.note else []
-    lying = turned.paths((block.prefix, block.layout) for block in blocks), turned.paths(layouts_of.items())
+    own = ((turned.shared_path(draft.old_names[name] for name in block.names), block.layout) for block in blocks)
+    lying = turned.paths(own), turned.paths(layouts_of.items())
     layers = LayerPlanner(draft, to, source.dialects, specs, options.kinds, options.names_of, lying)
     layers.plan(transformer_parts([block.prefix for block in blocks], draft.tensors, to))
     draft.notes += origins.notes_on_dtypes(to, [(one.name, one.dtype) for one in draft.in_order()])

@@ -28,7 +28,7 @@ class LayerPlanner:
         said: what the user says that layers are, by patterns of paths.
         wanted: the target's real names and shapes, when they are known.
         turned_paths: the paths of linear maps that lie the other way round, as ``turned.paths`` gives them: those in
-            the source, and those in the target.
+            the source, before any rule, and those in the target.
     """
 
     def __init__(
@@ -115,9 +115,11 @@ class LayerPlanner:
         self, path: str, names: Mapping[str, str], own: Mapping[str, Shape], dialect: str, start: str
     ) -> bool:
         """Carry a linear map that lies the other way round in the source or in the target; whether it is one."""
-        before, after = (path in paths for paths in self.turned)
-        told = self._said(path, _OF_TURNED) or self.specs.kinds.get(self.draft.old_path(names))
-        reading = turned.reading(own, before) if (before or after) and told in (None, "linear") else None
+        old_path = self.draft.old_path(names)
+        before, after = old_path in self.turned[0], path in self.turned[1]
+        if not (before or after) or self._said(path, _OF_TURNED) or not self._may_be_linear(old_path):
+            return False  # whoever says that it is linear means one that lies as everybody else's
+        reading = turned.reading(own, before)
         if reading is None:
             return False
         written = {part: (start + name, shape) for part, (name, shape) in reading.in_dialect(dialect).items()}
@@ -128,6 +130,9 @@ class LayerPlanner:
         self.draft.turn(names["weight"], written["weight"][0], canonical, turned.STEPS if after else (), rule)
         self.draft.carry(names["bias"], *written["bias"], rule)
         return True
+
+    def _may_be_linear(self, old_path: str) -> bool:
+        return self.specs.kinds.get(old_path) in (None, "linear")
 
     def _choice(
         self,

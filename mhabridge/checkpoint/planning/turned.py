@@ -6,6 +6,7 @@ the attention beside it tells. Which layouts, and the paths beside them, is data
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Mapping
 
 from mhabridge import mapping, packing
@@ -34,6 +35,18 @@ def paths(attention: Iterable[tuple[str, str]]) -> set[str]:
         if prefix
         for path in declared.get(layout, ())
     }
+
+
+def shared_path(names: Iterable[str]) -> str:
+    """What the names of an attention layer's tensors have in common: its prefix in the file, whatever rules make of it.
+
+    Example:
+        >>> shared_path(["h.0.attn.c_attn.weight", "h.0.attn.c_proj.bias"])
+        'h.0.attn'
+    """
+    paths = [name.split(".")[:-1] for name in names]
+    alike = itertools.takewhile(lambda parts: len(set(parts)) == 1, zip(*paths, strict=False))
+    return ".".join(parts[0] for parts in alike)
 
 
 def reading(shapes: Mapping[str, Shape], turned: bool) -> Reading | None:

@@ -19,7 +19,10 @@ from mhabridge.errors import MHABridgeError
 
 # What stands before every name of a model that something was wrapped around: DataParallel, torch.compile, Lightning,
 # MindSpore's cells for training, averaged models.
-WRAPPERS = ("module", "model", "_orig_mod", "network", "_backbone", "backbone", "net", "state_dict", "model_state_dict")
+WRAPPERS = (
+    *("module", "model", "_orig_mod", "network", "_backbone", "backbone", "net", "state_dict", "model_state_dict"),
+    "transformer",  # what Hugging Face's GPT-2 with a head calls the model below it
+)
 _CANONICAL = Dialect("torch")
 
 

@@ -6,7 +6,7 @@ Nothing is refused for being unknown: what cannot be told to be attention is a l
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from mhabridge import layouts, packing
@@ -129,9 +129,12 @@ class Checkpoint:
         taken = {name for block in self.blocks.values() for name in block.names}
         found = [(place[block.names[0]], self._attention(block)) for block in self.blocks.values()]
         left = [name for name in self.tensors if name not in taken]
-        lying = turned.paths((block.prefix, block.layout) for block in self.blocks.values())
+        lying = turned.paths(
+            (turned.shared_path(self.old_names[name] for name in block.names), block.layout)
+            for block in self.blocks.values()
+        )
         for path, leaves in by_module(left).items():
-            found.append((place[next(iter(leaves.values()))], self._layer(path, leaves, path in lying)))
+            found.append((place[next(iter(leaves.values()))], self._layer(path, leaves, lying)))
         return [group for _, group in sorted(found, key=lambda pair: pair[0])]
 
     def _attention(self, block: Block) -> Group:
@@ -148,15 +151,16 @@ class Checkpoint:
         below, old = name[len(packing.join(path, "")) :], self.old_names[name]
         return old[: -len(below)].rstrip(".") if old.endswith(below) else path
 
-    def _layer(self, path: str, leaves: Mapping[str, str], lying: bool) -> Group:
-        """Another layer; ``lying``: beside attention whose linear maps lie the other way round."""
+    def _layer(self, path: str, leaves: Mapping[str, str], lying: Collection[str]) -> Group:
+        """Another layer; ``lying``: the paths in the file at which linear maps lie the other way round."""
         tensors = {leaf: self.tensors[name] for leaf, name in leaves.items()}
         names = {leaf: self.old_names[name] for leaf, name in leaves.items()}
-        if lying and turned.reading(shapes_of(tensors), turned=True):
+        old_path = self._old_path(path, next(iter(leaves.values())))
+        if old_path in lying and turned.reading(shapes_of(tensors), turned=True):
             tensors["weight"] = turned.unturned(tensors["weight"])
         shapes = shapes_of(tensors)
         found = tuple(modules.readings(shapes, self.dialects) or modules.readings(shapes))
-        return Group(path, self._old_path(path, next(iter(leaves.values()))), tensors, names, None, found)
+        return Group(path, old_path, tensors, names, None, found)
 
     def may_have(self, group: Group, kind: str, part: str) -> bool:
         """Whether a layer of this kind has such a parameter in a framework that has the layer's other names."""
