@@ -857,6 +857,13 @@ def test_the_container_of_answers_is_no_difference(tmp_path: Path, first: Any, s
             path.unlink()
 
 
+def test_what_was_left_out_as_a_whole_is_not_missing_in_parts(tmp_path: Path) -> None:
+    first = answered(tmp_path / "a", {"left_out": "a my.Cache"})
+    report = diff_recordings(first, answered(tmp_path / "b", X, Y))
+    assert report.exit_code == 2
+    assert "output.1 was left out on the first side" in notes(report, "layer")
+
+
 def test_what_was_held_against_nothing_is_not_what_a_fault_lies_behind(tmp_path: Path) -> None:
     def lose(document: Any) -> None:
         document["calls"][0]["outputs"][0] = {"left_out": "the limit was reached"}

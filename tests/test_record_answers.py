@@ -69,6 +69,9 @@ class Own(dict[str, Any]):
     def __init__(self, one: Any, other: Any) -> None:
         super().__init__(one=one, other=other)
 
+    def update(self, *_: Any, **__: Any) -> None:
+        raise TypeError("not to be updated")
+
 
 class Uncopied(Own):
     def __reduce_ex__(self, protocol: Any) -> Any:

@@ -125,7 +125,8 @@ def with_answers(outputs: Any, changed: list[Any]) -> Any:
         return outputs
     if isinstance(outputs, dict):
         made = copy.copy(outputs)  # a class of its own may be made of other things than of items
-        made.update(zip(outputs, changed))
+        for name, new in zip(outputs, changed):
+            made[name] = new
         return made
     if isinstance(outputs, tuple) and hasattr(outputs, "_fields"):
         return type(outputs)(*changed)

@@ -133,7 +133,7 @@ def _beside_one(name: str, first: Item, second: Item) -> Iterator[tuple[str, Ite
     if len(many) == 1:
         many = [("", many[0][1])]
     for number, (key, item) in enumerate(many):
-        there = Item() if number else one
+        there = one if one.left_out or not number else Item()
         yield from _paired(f"{name}.{key}" if key else name, *((item, there) if which == 0 else (there, item)))
 
 
