@@ -714,12 +714,17 @@ BF16 = ml_dtypes.bfloat16
 @pytest.mark.parametrize(
     ("first", "second", "code"),
     [
-        (np.array(2.5, BF16), np.array(2.52, BF16), 0),
+        (np.array(2.5, BF16), np.array(2.52, BF16), 2),
         (np.array(2.5, BF16), np.array(-2.5, BF16), 2),
         (np.array(2.5, BF16), np.array(0, BF16), 2),
         (np.array([[0.5, -0.25]], BF16), np.array([[0.25, 0.25]], BF16), 2),
-        (np.array([[0.5, -0.25]], BF16), np.array([[-0.5, 0.5]], BF16), 1),
+        (np.array([[5.0, -2.5]], BF16), np.array([[-5.0, 5.0]], BF16), 1),
+        (np.array(2.5, BF16), np.array(2.5, BF16), 0),
+        (np.float32([2.5]), np.array([2.5], BF16), 0),
         (np.float16([2.5]), np.float16([1.5]), 2),
+        (np.float16([[0.5, 0.5]]), np.float16([[0.53, 0.47]]), 2),
+        (np.linspace(1, 2, 12).astype(BF16), np.linspace(1, 2.02, 12).astype(BF16), 0),
+        (np.linspace(1, 2, 12).astype(BF16), np.linspace(1, -2, 12).astype(BF16), 1),
         (np.float32([2.5]), np.float32([-2.5]), 1),
         (np.float32([1e-5]), np.float64([1.1e-5]), 2),  # a loss near 0, of numbers of size 1
         (np.float32([0.3]), np.float64([0.31]), 1),

@@ -45,7 +45,8 @@ ROW = 8.0
 SCALE = 12.0
 BACKWARD = 4.0
 MOST = 0.5  # of a tensor's norm: what is further apart shares too little to be called the same
-MOST_OF_FEW = 0.25  # as far as a few numbers may be apart: they come close to others by chance
+MOST_OF_FEW = 0.1  # as far as a few numbers may be apart: they come close to others by chance
+_FEW = 2.0  # what ``luck`` has of a few: of six
 _UNLUCKY = 100.0
 _BLOCK = 1 << 20  # elements that are looked at at once: in float64, several times
 
@@ -159,7 +160,9 @@ class Drift:
             unit: u, the larger unit roundoff of the two sides.
             elements: how many there are, if so few that they may have cancelled (``luck``); 0 for no such allowance.
         """
-        times = self._luck(unit, elements)
+        if elements and found.whole and not self._tells(unit, elements):
+            return f"a relative difference of {found.whole:.2g}, where so few numbers tell nothing"
+        times = luck(elements) if elements else 1.0
         whole = min(MOST, times * self._bound(unit))
         scale = min(MOST, times * math.hypot(GROWTH * self._scale, SCALE * self._times * unit))
         if elements:  # errors of n elements that know nothing of each other have this much of a common scale
@@ -176,10 +179,9 @@ class Drift:
     def _bound(self, unit: float) -> float:
         return math.hypot(GROWTH * self._whole, FRESH * self._times * unit)
 
-    def _luck(self, unit: float, elements: int) -> float:
-        """By how much more a few elements may differ: nothing, where that would let pass anything."""
-        times = luck(elements) if elements else 1.0
-        return times if times * self._bound(unit) <= MOST_OF_FEW else 1.0
+    def _tells(self, unit: float, elements: int) -> bool:
+        """Whether elements of a last answer that rounding explains are more than some that came close by chance."""
+        return luck(elements) < _FEW or luck(elements) * self._bound(unit) <= MOST_OF_FEW
 
     def doubts(self, found: Apart, unit: float) -> str:
         """Why it cannot be told whether rounding explains a difference that it need not; empty where it can.
@@ -198,10 +200,11 @@ class Drift:
             return ""
         bound = self._bound(unit)
         lucky = luck(found.elements) * bound
-        if lucky > MOST_OF_FEW and found.whole <= lucky and found.row <= ROW * lucky:
+        if not self._tells(unit, found.elements) and found.whole <= lucky and found.row <= ROW * lucky:
             return f"rounding may have changed so few numbers by {lucky:.2g} of their size"
         # A sum over all that came in has an error of this size, whatever is left of it.
-        lost = min(bound * self._norm / math.sqrt(found.elements), self._size / _UNLUCKY)
+        few = luck(found.elements) >= _FEW
+        lost = bound * (self._norm / math.sqrt(found.elements) if few else self._size)
         if found.size <= lost:
             return f"it is of size {found.size:.2g}, and rounding of what it is made of may have left {lost:.2g}"
         return ""
