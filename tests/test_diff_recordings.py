@@ -765,6 +765,10 @@ def test_what_a_mask_writes_into_both_answers_is_no_fault_and_hides_none(tmp_pat
     assert diff_recordings(first, masked("c", x + np.float32(1e-7))).exit_code == 0
     assert diff_recordings(first, masked("d", x * 2)).exit_code == 1
     assert diff_recordings(first, ended(tmp_path / "e", answer=[x])).exit_code == 1
+    coarse = x.astype("f2")
+    coarse[..., 12:] = np.float16(mask) if np.isinf(mask) else -6e4
+    beside = diff_recordings(ended(tmp_path / "j", answer=[coarse]), first)
+    assert beside.exit_code == (0 if np.isinf(mask) else 1)
     nan = [masked(name, x, float("nan")) for name in "fg"]
     assert diff_recordings(*nan).verdict == "broken"
     nothing = [ended(tmp_path / name, answer=[np.array(np.inf)]) for name in "hi"]

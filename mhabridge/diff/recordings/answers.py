@@ -81,7 +81,8 @@ def _unmasked(first: np.ndarray, second: np.ndarray) -> tuple[np.ndarray | None,
     """Two answers without what a mask wrote into both, such as -1e9: beside that all else would look small."""
     if first.shape != second.shape or any(dtypes.name_of(array) not in dtypes.FLOATS for array in (first, second)):
         return None, None
-    masked = (first <= first.dtype.type(BLOCKED)) & (first == second.astype(first.dtype))
+    with np.errstate(over="ignore"):  # what is too large for the other's dtype is not the same
+        masked = (first <= first.dtype.type(BLOCKED)) & (first == second.astype(first.dtype))
     if not masked.any():
         return None, None
     return np.where(masked, first.dtype.type(0), first), np.where(masked, second.dtype.type(0), second)
