@@ -9,6 +9,7 @@ import tracemalloc
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -658,6 +659,13 @@ def test_an_old_recording_is_not_judged_by_parameters_that_it_cannot_tell(tmp_pa
     assert comparison(report, "attn", "output").distances[1].ok
     assert comparison(report, "attn (call 2)", "output").distances == (None, None)
     assert "recordings of this age do not tell" in notes(report, "attn (call 2)")
+    new = stepped(tmp_path / "new")  # of the same run, by a recorder that follows the parameters
+    for sides in ((first, new), (new, first)):
+        report = diff_recordings(*sides)
+        assert (report.exit_code, report.first_divergence) == (0, None)
+        assert "recordings of this age do not tell" in notes(report, "attn (call 2)")
+    report = diff_recordings(first, stepped(tmp_path / "other", factor=1.01))
+    assert report.first_divergence == "attn (call 2)"
     report = diff_recordings(first, stepped(tmp_path / "c", form=1, told=False, factor=1.01))
     assert (report.first_divergence, report.ok) == ("attn (call 2)", False)
 
@@ -700,6 +708,181 @@ def test_an_answer_of_one_number_may_have_cancelled(tmp_path: Path) -> None:
     assert not diff_recordings(first, scalar("d", -1.0)).ok
 
 
+BF16 = ml_dtypes.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "code"),
+    [
+        (np.array(2.5, BF16), np.array(2.52, BF16), 2),
+        (np.array(2.5, BF16), np.array(-2.5, BF16), 2),
+        (np.array(2.5, BF16), np.array(0, BF16), 2),
+        (np.array([[0.5, -0.25]], BF16), np.array([[0.25, 0.25]], BF16), 2),
+        (np.array([[5.0, -2.5]], BF16), np.array([[-5.0, 5.0]], BF16), 1),
+        (np.array(2.5, BF16), np.array(2.5, BF16), 0),
+        (np.float32([2.5]), np.array([2.5], BF16), 0),
+        (np.float16([2.5]), np.float16([1.5]), 2),
+        (np.float16([[0.5, 0.5]]), np.float16([[0.53, 0.47]]), 2),
+        (np.linspace(1, 2, 12).astype(BF16), np.linspace(1, 2.02, 12).astype(BF16), 0),
+        (np.linspace(1, 2, 12).astype(BF16), np.linspace(1, -2, 12).astype(BF16), 1),
+        (np.float32([2.5]), np.float32([-2.5]), 1),
+        (np.float32([1e-5]), np.float64([1.1e-5]), 2),  # a loss near 0, of numbers of size 1
+        (np.float32([0.3]), np.float64([0.31]), 1),
+        (np.zeros((2, 6, 16), "f4"), np.full((2, 6, 16), 1e-12, "f4"), 2),
+        (np.zeros((2, 6, 16), "f4"), np.full((2, 6, 16), 1.0, "f4"), 1),
+    ],
+)
+def test_what_cannot_be_told_from_rounding_is_not_called_that(
+    tmp_path: Path, first: np.ndarray, second: np.ndarray, code: int
+) -> None:
+    report = diff_recordings(ended(tmp_path / "a", answer=[first]), ended(tmp_path / "b", answer=[second]))
+    assert report.exit_code == code
+    if code == 2:
+        assert "that cannot be told from rounding" in notes(report, "(model)")
+        assert "that cannot be told from rounding" in report.runs[1].reason
+        assert report.first_divergence is None
+
+
+def test_a_row_of_zeros_is_no_rounding_in_any_dtype(tmp_path: Path) -> None:
+    x = np.random.default_rng(0).standard_normal((4, 30, 50)).astype(BF16)
+    y = x.copy()
+    y[1, 3] = 0
+    assert diff_recordings(ended(tmp_path / "a", answer=[x]), ended(tmp_path / "b", answer=[y])).exit_code == 1
+    assert diff_recordings(ended(tmp_path / "c", answer=[x]), ended(tmp_path / "d", answer=[-x])).exit_code == 1
+
+
+@pytest.mark.parametrize("mask", [-np.inf, -1e9, float(np.finfo("f4").min)])
+def test_what_a_mask_writes_into_both_answers_is_no_fault_and_hides_none(tmp_path: Path, mask: float) -> None:
+    x = inputs()
+
+    def masked(name: str, array: np.ndarray, value: float = mask) -> Path:
+        array = array.copy()
+        array[..., 12:] = value
+        return ended(tmp_path / name, answer=[array])
+
+    first = masked("a", x)
+    assert diff_recordings(first, masked("b", x)).exit_code == 0
+    assert diff_recordings(first, masked("c", x + np.float32(1e-7))).exit_code == 0
+    assert diff_recordings(first, masked("d", x * 2)).exit_code == 1
+    assert diff_recordings(first, ended(tmp_path / "e", answer=[x])).exit_code == 1
+    coarse = x.astype("f2")
+    coarse[..., 12:] = np.float16(mask) if np.isinf(mask) else -6e4
+    beside = diff_recordings(ended(tmp_path / "j", answer=[coarse]), first)
+    assert beside.exit_code == (0 if np.isinf(mask) else 1)
+    nan = [masked(name, x, float("nan")) for name in "fg"]
+    assert diff_recordings(*nan).verdict == "broken"
+    nothing = [ended(tmp_path / name, answer=[np.array(np.inf)]) for name in "hi"]
+    assert diff_recordings(*nothing).verdict == "broken"
+
+
+def test_integers_of_another_width_are_the_same(tmp_path: Path) -> None:
+    index = np.arange(12).reshape(2, 6)
+    first = answered(tmp_path / "a", index, index=index)
+    report = diff_recordings(first, answered(tmp_path / "b", index.astype("i4"), index=index.astype("i4")))
+    assert (report.verdict, report.exit_code) == ("equal", 0)
+    assert "output: int64 and int32: the same integers" in notes(report, "layer")
+    assert "inputs.index: int64 and int32: the same integers" in notes(report, "layer")
+    assert diff_recordings(first, answered(tmp_path / "c", index.astype("i4") + 1, index=index)).exit_code == 1
+    assert diff_recordings(first, answered(tmp_path / "d", index > 0, index=index)).verdict == "broken"
+    wide = [answered(tmp_path / name, np.array([2**63 + n], "u8"), index=index) for n, name in enumerate("ef")]
+    assert diff_recordings(*wide).exit_code == 1
+
+
+@pytest.mark.parametrize("answers", [(np.arange(4), np.arange(4)[::-1].copy()), (np.arange(4) > 1, np.arange(4) > 2)])
+def test_what_picks_among_numbers_depends_on_their_rounding(tmp_path: Path, answers: Any) -> None:
+    def picked(name: str, dtype: Any, answer: Any) -> Path:
+        writer = Writer(tmp_path / name)
+        writer.layer("pick", "my.Pick", {}, {})
+        writer.call("pick", {"x": np.linspace(-1, 1, 64).reshape(4, 16).astype(dtype)}, [answer])
+        return writer.end()
+
+    first = picked("a", "f4", answers[0])
+    assert diff_recordings(first, picked("b", "f4", answers[1])).exit_code == 1
+    report = diff_recordings(first, picked("c", BF16, answers[1]))
+    assert report.exit_code == 2
+    assert "depends on their rounding" in notes(report, "pick")
+    assert diff_recordings(first, picked("d", BF16, answers[0])).exit_code == 0
+
+
+def held(path: Path, answer: Any) -> Path:
+    """A model's answer in some container: a dict here is a mapping, a ``Named`` is a dataclass."""
+    writer = Writer(path)
+
+    def item(name: str, value: Any) -> Any:
+        if isinstance(value, tuple):
+            return {"items": [item(f"{name}/{n}", each) for n, each in enumerate(value)]}
+        if isinstance(value, dict):
+            return {"named": {key: item(f"{name}/{key}", each) for key, each in value.items()}}
+        return writer.item(name, value)
+
+    writer.layer("layer", "my.Layer", {}, {})
+    top = isinstance(answer, (tuple, dict)) and not isinstance(answer, Named)
+    values = list(answer.values() if isinstance(answer, dict) else answer) if top else [answer]
+    writer.call("layer", {"x": inputs()}, [item(f"o/{n}", value) for n, value in enumerate(values)])
+    made = writer.end()
+    if not top or isinstance(answer, tuple):
+        return made
+    return rewritten(made, path.with_suffix(".named"), lambda d: d["calls"][0].update(output_names=list(answer)))
+
+
+class Named(dict[str, Any]):
+    """Recorded as a dataclass is: one thing that has names."""
+
+
+X, Y = inputs(), inputs() + 1
+PAIR = {"logits": X, "hidden": Y}
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "wrong"),
+    [
+        (Named(PAIR), PAIR, []),
+        (Named(PAIR), (X, Y), []),
+        (PAIR, (X, Y), []),
+        ({"logits": X}, Named(out=X), []),
+        ({"logits": X, "past": None}, X, []),
+        ({"logits": X, "past": None}, (X,), []),
+        ({"past": None, **PAIR}, (X, Y), []),
+        (Named(logits=X, hidden=None), X, []),
+        ((X, {"a": Named(PAIR)}), {"p": X, "q": ((X, Y),)}, []),
+        (PAIR, {"hidden": Y, "logits": X}, []),
+        ((X, Y), X, ["output.1"]),
+        (X, (X, Y), ["output.1"]),
+        (PAIR, {"hidden": Y}, ["output.logits"]),
+        (PAIR, {"hidden": Y, "logits": None}, ["output.logits"]),
+        (PAIR, (X,), ["output.hidden"]),
+        (PAIR, (Y, X), ["output.logits", "output.hidden"]),
+        ((X, None), (X, Y), ["output.1"]),
+        ((X, None), (None, X), ["output.0", "output.1"]),
+        (None, (X, Y), ["output.0", "output.1"]),
+    ],
+)
+def test_the_container_of_answers_is_no_difference(tmp_path: Path, first: Any, second: Any, wrong: list[str]) -> None:
+    for one, other in ((first, second), (second, first)):
+        report = diff_recordings(held(tmp_path / "a", one), held(tmp_path / "b", other))
+        assert [entry.tensor for entry in report.entries if not entry.ok] in (wrong, wrong[::-1])
+        assert report.exit_code == (1 if wrong else 0)
+        for path in tmp_path.iterdir():
+            path.unlink()
+
+
+def test_what_was_left_out_as_a_whole_is_not_missing_in_parts(tmp_path: Path) -> None:
+    first = answered(tmp_path / "a", {"left_out": "a my.Cache"})
+    report = diff_recordings(first, answered(tmp_path / "b", X, Y))
+    assert report.exit_code == 2
+    assert "output.1 was left out on the first side" in notes(report, "layer")
+
+
+def test_what_was_held_against_nothing_is_not_what_a_fault_lies_behind(tmp_path: Path) -> None:
+    def lose(document: Any) -> None:
+        document["calls"][0]["outputs"][0] = {"left_out": "the limit was reached"}
+
+    first = rewritten(ended(tmp_path / "a"), tmp_path / "b", lose)
+    report = diff_recordings(first, ended(tmp_path / "c", 1.01))
+    said = "the fault lies between the inputs and the model's output; attn lies there too: what it answered was not"
+    assert said in notes(report, "(model)")
+
+
 def test_where_there_is_no_answer_of_the_model_that_is_said(tmp_path: Path) -> None:
     first = ended(tmp_path / "a")
     said = "what comes after attn, the last layer that was recorded, was not compared"
@@ -708,10 +891,12 @@ def test_where_there_is_no_answer_of_the_model_that_is_said(tmp_path: Path) -> N
     assert said in report.notes[-1]
     cut = ended(tmp_path / "c", answer=[{"left_out": "a my.Cache"}])
     report = diff_recordings(cut, first)
-    assert (report.ok, said in report.notes[-1]) == (True, True)
+    assert (report.exit_code, said in report.notes[-1]) == (2, True)
+    assert report.notes[-1].endswith("output was left out on the first side (a my.Cache)")
+    assert report.runs[0].reason == "the model's output is not whole: a my.Cache"
     named = {"named": {"x": {"value": 1}, "y": {"left_out": "a my.Cache"}}}
     report = diff_recordings(*(ended(tmp_path / name, answer=[named]) for name in "de"))
-    assert report.ok
+    assert report.exit_code == 2
     assert report.notes[-1].startswith("what comes after attn was compared in part: output.y was left out")
 
     def lose(document: Any) -> None:

@@ -140,8 +140,8 @@ def test_every_kind_of_value(target: Path, reading: Reading) -> None:
     assert found.read(given["x"]["tensor"]).tolist() == turned.tolist()
     assert given["more"] == {"items": [{"value": 1}, {"value": "two"}]}
     assert [given[name] for name in ("none", "np_")] == [{"value": None}, {"value": 2.0}]
-    assert given["flag"] == {"left_out": "the number nan"}
-    assert {name for name, entry in given.items() if "left_out" in entry} == {"flag", "big", "odd"}
+    assert np.isnan(found.read(given["flag"]["tensor"])).tolist() is True
+    assert {name for name, entry in given.items() if "left_out" in entry} == {"big", "odd"}
     assert first["output_names"] == ["a", "b"]
     assert first["outputs"][1] == {"items": [{"tensor": "calls/000000/outputs/1/0"}, {"value": 3}]}
     for code, array in arrays.items():
@@ -152,7 +152,7 @@ def test_every_kind_of_value(target: Path, reading: Reading) -> None:
     items = third["arguments"]["more"]["items"]
     assert items[0]["items"][1]["items"][0] == {"tensor": "calls/000002/arguments/more/0/1/0"}
     assert items[1] == {"left_out": "a tensor of complex128"}
-    assert len(made.left_out) == 3 + 2 + 2  # the third call gives back the one that has no values, twice
+    assert len(made.left_out) == 2 + 2 + 2  # the third call gives back the one that has no values, twice
 
 
 @pytest.mark.parametrize(

@@ -164,7 +164,7 @@ def test_steps_of_training(target: Path) -> None:
     ]
 
 
-def train(path: Path, optimizer: str = "SGD", fault: Any = None, dtype: str = "float32") -> Path:
+def train(path: Path, optimizer: str = "SGD", fault: Any = None, dtype: str = "float32", **options: Any) -> Path:
     """Three steps of an encoder's training; a fault comes before the second."""
     torch, model, x = encoder()
     model.train()
@@ -173,7 +173,7 @@ def train(path: Path, optimizer: str = "SGD", fault: Any = None, dtype: str = "f
     for layer in model.layers:
         layer.self_attn.dropout = 0.0
     model.to(getattr(torch, dtype))
-    steps = getattr(torch.optim, optimizer)(model.parameters(), 0.01)
+    steps = getattr(torch.optim, optimizer)(model.parameters(), 0.01, **options)
     with record(model, path, grads=True):
         for number in range(3):
             if fault is not None and number == 1:
@@ -194,6 +194,16 @@ def test_a_training_is_compared_step_by_step(optimizer: str, tmp_path: Path) -> 
     assert exact.ok, [(entry.layer, entry.tensor, entry.comparison.reason) for entry in exact.entries if not entry.ok]
     held = [entry for entry in exact.of_layer("layers.1.self_attn (call 3)") if None not in entry.comparison.distances]
     assert {"output", "grads.q_weight"} <= {entry.tensor for entry in held}
+
+
+def test_trainings_that_part_are_no_fault_of_a_layer(tmp_path: Path) -> None:
+    first = train(tmp_path / "a", "Adam")
+    report = diff_recordings(first, train(tmp_path / "b", "Adam", eps=1e-2))
+    assert report.first_divergence == "layers.0.self_attn (call 2)"
+    assert report.diagnoses
+    for each in report.diagnoses:
+        assert not each.faults
+        assert "The trainings part here: compare optimizer, learning rate, epsilon and gradients" in each.words
 
 
 def test_a_fault_at_a_later_step_is_found_there(tmp_path: Path) -> None:

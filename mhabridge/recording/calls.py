@@ -5,6 +5,7 @@ Also part of the record kit (Python 3.8, the standard library only).
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import inspect
 from typing import TYPE_CHECKING, Any
@@ -123,7 +124,10 @@ def with_answers(outputs: Any, changed: list[Any]) -> Any:
     if all(new is old for new, old in zip(changed, answers(outputs))):
         return outputs
     if isinstance(outputs, dict):
-        return type(outputs)(zip(outputs, changed))
+        made = copy.copy(outputs)  # a class of its own may be made of other things than of items
+        for name, new in zip(outputs, changed):
+            made[name] = new
+        return made
     if isinstance(outputs, tuple) and hasattr(outputs, "_fields"):
         return type(outputs)(*changed)
     return type(outputs)(changed) if isinstance(outputs, (tuple, list)) else changed[0]

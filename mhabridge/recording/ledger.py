@@ -124,6 +124,8 @@ class Ledger:
             return {"value": value}
         if isinstance(value, (np.bool_, np.number)):
             return self._keep(name, value.item(), depth)
+        if isinstance(value, float):  # NaN or inf, which JSON has not
+            return self._keep_tensor(name, np.asarray(value))
         if isinstance(value, (tuple, list)) and depth and len(value) <= MOST_TENSORS:
             return {"items": [self._keep(f"{name}/{n}", item, depth - 1) for n, item in enumerate(value)]}
         if isinstance(value, np.ndarray) or self.adapter.is_tensor(value):
@@ -132,7 +134,7 @@ class Ledger:
         if named is not None and depth and len(named) <= MOST_TENSORS:
             return {"named": {key: self._keep(f"{name}/{key}", item, depth - 1) for key, item in named.items()}}
         kind = f"a {type(value).__module__}.{type(value).__qualname__}"
-        return self._unkept(name, f"the number {value!s:.60}" if isinstance(value, (int, float)) else kind)
+        return self._unkept(name, f"the number {value!s:.60}" if isinstance(value, int) else kind)
 
     def _keep_tensor(self, name: str, tensor: Any) -> dict[str, Any]:
         if not self.writable:

@@ -150,7 +150,13 @@ class Watcher:
             values = [tap(running, f"outputs/{number}", value) for number, value in enumerate(values)]
         self.ledger.event({"call": running.entry})
         self.calls += not running.whole
-        return with_answers(outputs, values)
+        try:
+            return with_answers(outputs, values)
+        except Exception as error:  # whatever a class of the user's own raises
+            kind = f"a {type(outputs).__module__}.{type(outputs).__qualname__}"
+            why = f"{kind} cannot be made again ({type(error).__name__}: {error})"[:300]
+            self.ledger.leave_out(f"{running.name}/grads/outputs: {why}")
+            return outputs
 
     def _started(self, one: Watched) -> Running:
         with self._lock:

@@ -9,6 +9,7 @@ by how far rounding lets two runs drift apart (``drift``).
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from mhabridge.checkpoint.planning.renaming import require_met
@@ -129,7 +130,11 @@ def _why_not_whole(recording: Recording) -> str:
     if not calls:
         return "nothing was recorded"
     cut = [call for call in calls if any(map(_is_cut, _needed(call)))]
-    return f"{len(cut)} of {len(calls)} calls are not whole: tensors were left out" if cut else ""
+    if cut:
+        return f"{len(cut)} of {len(calls)} calls are not whole: tensors were left out"
+    answers = [call for call in recording.calls if recording.layers[call.layer].whole and not recording.stepped]
+    lost = next((leaf.left_out for call in answers for leaf in _all_of(call.outputs) if leaf.left_out), "")
+    return f"the model's output is not whole: {lost}" if lost else ""
 
 
 def _needed(call: RecordedCall) -> list[Item]:
@@ -140,4 +145,8 @@ def _needed(call: RecordedCall) -> list[Item]:
 
 def _is_cut(item: Item) -> bool:
     """Whether something was left out of an argument or an output, wherever in it."""
-    return any(leaf.left_out for _, leaf in leaves("", item))
+    return any(leaf.left_out for leaf in _all_of([item]))
+
+
+def _all_of(items: Iterable[Item]) -> Iterator[Item]:
+    return (leaf for item in items for _, leaf in leaves("", item))

@@ -55,6 +55,7 @@ class Compared:
         drift: how far apart the inputs are, and the outputs where each side's is right.
         not_whole: what could not be compared although it should have been, and on which side (0 or 1) for that.
         unit: the larger unit roundoff of the two sides; 0 where nothing floats.
+        trained: whether the parameters are those that training has made of others.
     """
 
     found: list[Found] = dataclasses.field(default_factory=list)
@@ -62,10 +63,13 @@ class Compared:
     drift: list[Apart] = dataclasses.field(default_factory=list)
     not_whole: list[tuple[int, str]] = dataclasses.field(default_factory=list)
     unit: float = 0.0
+    trained: bool = False
 
     def add(self, tensor: str, comparison: Comparison, role: str, one_side: str = "") -> None:
         """Add one compared tensor."""
         self.found.append(Found(tensor, comparison, role, one_side))
+        if comparison.verdict == "equal" and len(set(comparison.dtypes)) > 1:
+            self.notes.append(f"{tensor}: {' and '.join(comparison.dtypes)}: the same integers")
 
     def wrong(self, *roles: str) -> list[Found]:
         """What rounding does not explain, of some roles."""
@@ -144,6 +148,7 @@ def add_trained(
     for name, comparison in made.items():
         compared.add(name, comparison, "weights")
     compared.drift += far
+    compared.trained = True
     compared.notes.append("its parameters have changed since its call before: they are compared like gradients")
 
 

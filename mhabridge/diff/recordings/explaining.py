@@ -21,6 +21,10 @@ from mhabridge.diff.recordings.judging import known_accuracy
 from mhabridge.errors import MHABridgeError
 
 MOST = 5  # diagnoses of one report
+PARTED = (
+    "Unexplained by this layer: what it computes is right, and nothing of it differs but the weights that training has "
+    "changed. The trainings part here: compare optimizer, learning rate, epsilon and gradients."
+)
 _LARGEST = 1 << 21  # scores of a call that is searched through; of a larger one some batch elements
 
 
@@ -43,7 +47,10 @@ def explain(
     if any(call.random or call.output is None or not _finite(call) for call in calls):
         return []  # what comes of NaN says nothing
     first, second = calls
-    if compared.wrong("weights", "settings", "mask"):
+    other = compared.wrong("settings", "mask", *(() if compared.trained else ("weights",)))
+    if not other and compared.wrong("weights") and not compared.wrong("computed"):
+        return [Diagnosis(name, sides[1], words=PARTED)]
+    if other:
         should = _should_have_had(first, second)
         return [] if should is None else _asked(name, sides[1], second, should, frameworks[1], compared)
     found: list[Diagnosis] = []

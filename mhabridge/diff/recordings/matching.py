@@ -230,11 +230,13 @@ def pairs(first: Recording, second: Recording, layers: Mapping[str, tuple[str, s
     return found + [Pair(None, theirs[place]) for place in waiting]
 
 
-def weights_at(first: RecordedCall, second: RecordedCall) -> str:
-    """How the parameters of a layer are compared at a call: see ``compare_attention``."""
-    if first.nth == second.nth == 0:
+def weights_at(first: tuple[Recording, RecordedCall], second: tuple[Recording, RecordedCall]) -> str:
+    """How the parameters of a layer are compared at a call: see ``compare_attention``; not, where one is not known."""
+    sides = first, second
+    if all(call.nth == 0 for _, call in sides):
         return "recorded"
-    return "trained" if first.changed or second.changed else ""
+    known = all(recording.tells(call) for recording, call in sides)
+    return "trained" if known and any(call.changed for _, call in sides) else ""
 
 
 def in_order_of_ending(calls: Iterable[RecordedCall]) -> list[RecordedCall]:

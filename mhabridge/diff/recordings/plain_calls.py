@@ -14,14 +14,12 @@ from mhabridge.diff.comparing import Comparison, compare
 from mhabridge.diff.judge import Distance
 from mhabridge.diff.recordings import other_layers
 from mhabridge.diff.recordings.answers import Apart, Side, compare_answers, leaves
-from mhabridge.diff.recordings.arrays import coarsest_of
+from mhabridge.diff.recordings.arrays import BLOCKED, coarsest_of
 from mhabridge.diff.recordings.attention_calls import Compared, add_trained, compare_weights, unit_of
 from mhabridge.diff.recordings.drift import Drift, apart
 from mhabridge.diff.recordings.matching import kind_of, weights_at
 from mhabridge.errors import UnsupportedError
 from mhabridge.recording.reading import Item, RecordedCall, RecordedLayer, Recording
-
-_BLOCKED = -9984.0  # what -1e4 is in bfloat16: less is meant as -inf in a mask
 
 
 def compare_plain(first: Side, second: Side, drift: Drift, turned: bool) -> Compared:
@@ -42,7 +40,8 @@ def compare_plain(first: Side, second: Side, drift: Drift, turned: bool) -> Comp
     floats = [array for side in given for _, array in side if dtypes.name_of(array) in dtypes.FLOATS]
     compared.unit = unit_of(coarsest_of(floats)) if floats else 0.0
     if not _compare_known(first, second, given, turned, compared):
-        compare_answers(first, second, Apart(drift.after(compared.drift), turned), compared)
+        far = Apart(drift.after(compared.drift), turned, given=compared.unit)
+        compare_answers(first, second, far, compared)
     return compared
 
 
@@ -81,7 +80,7 @@ def _compare_epsilon(first: RecordedLayer, second: RecordedLayer, compared: Comp
 
 
 def _compare_parameters(first: Side, second: Side, drift: Drift, compared: Compared) -> None:
-    how = weights_at(first[2], second[2])
+    how = weights_at((first[0], first[2]), (second[0], second[2]))
     if not how:
         return
     try:
@@ -154,5 +153,5 @@ def _as_bool(array: np.ndarray) -> np.ndarray:
     if dtypes.name_of(array) not in dtypes.FLOATS:
         return array
     values = dtypes.to_float64(array)
-    blocked = np.asarray(values <= _BLOCKED)
+    blocked = np.asarray(values <= BLOCKED)
     return blocked if ((values == 0.0) | blocked).all() else array

@@ -78,6 +78,7 @@ class Walk:
         self.divergence: str | None = None
         self.drift = Drift()
         self._unit, self._latest = 0.0, ""
+        self._between: list[str] = []  # layers since then whose answers were held against nothing
         self.not_whole: tuple[list[str], list[str]] = ([], [])
         self._with_grads = [_with_grads(side) for side in (first, second)]
         self._explained: dict[frozenset[str], int] = {}
@@ -105,7 +106,11 @@ class Walk:
             compared, backward = self._compare(name, pair.first, pair.second, calls)
         for side, why in compared.not_whole:
             self.not_whole[side].append(f"{name}: {why}")
-        self._unit, self._latest = max(self._unit, compared.unit), name
+        self._unit = max(self._unit, compared.unit)
+        if any(each.role in ("computed", "single_step") for each in compared.found):
+            self._latest, self._between = name, []
+        else:
+            self._between.append(name)
         diverges = self._settle(name, compared)
         notes = [explaining.cause(compared), *compared.notes] if diverges else compared.notes
         entries = [self._entry(name, each.tensor, each.comparison, each.one_side) for each in compared.found]
@@ -116,8 +121,10 @@ class Walk:
         """A call of the model itself: what comes after the last layer."""
         assert pair.second is not None
         notes = list(compared.notes)
+        for side, why in compared.not_whole:
+            self.not_whole[side].append(f"{name}: {why}")
         if not compared.ok:
-            notes.insert(0, whole.cause(self._latest, self.divergence))
+            notes.insert(0, whole.cause(self._latest, self.divergence, self._between))
             self.divergence = name if self.divergence is None else self.divergence
         entries = [self._entry(name, each.tensor, each.comparison) for each in compared.found]
         layer = Layer(name, _called(pair.second), "", pair.matched, tuple(notes))
@@ -156,7 +163,7 @@ class Walk:
         self, name: str, a: RecordedCall, b: RecordedCall, calls: tuple[AttentionCall, AttentionCall]
     ) -> tuple[Compared, Backward | None]:
         frameworks = self.first.framework, self.second.framework
-        compared = compare_attention(*calls, frameworks, self.drift, weights_at(a, b))
+        compared = compare_attention(*calls, frameworks, self.drift, weights_at((self.first, a), (self.second, b)))
         if self.single_step is not None:
             self.single_step.add_to(compared, *calls, frameworks[0])
             self._discount_inputs(compared)

@@ -42,16 +42,21 @@ def compare_whole(first: Side, second: Side, far: Apart) -> Compared:
     return compared
 
 
-def cause(before: str, divergence: str | None) -> str:
+def cause(before: str, divergence: str | None, untold: Sequence[str] = ()) -> str:
     """What it means that the answers differ.
 
     Args:
-        before: the last layer that ended before the model did.
+        before: the last layer whose answer was compared; "" if none was.
         divergence: the first layer that diverges, if one does.
+        untold: layers after that one, whose answers were not compared.
     """
     if divergence is not None:
         return f"the model's output differs: what comes after {divergence} does"
-    return f"the fault lies between {before or 'the inputs'} and the model's output"
+    said = f"the fault lies between {before or 'the inputs'} and the model's output"
+    if not untold:
+        return said
+    more = f" (and {len(untold) - 1} more)" if len(untold) > 1 else ""
+    return f"{said}; {untold[0]}{more} lies there too: what it answered was not compared"
 
 
 def not_compared(sides: tuple[Recording, Recording], pairs: Sequence[Pair], steps: Sequence[Step]) -> str:
@@ -64,12 +69,15 @@ def not_compared(sides: tuple[Recording, Recording], pairs: Sequence[Pair], step
     """
     layers = [step.layer.name for pair, step in zip(pairs, steps, strict=True) if not _is_model(pair)]
     models = [step for pair, step in zip(pairs, steps, strict=True) if _is_model(pair)]
+    untold = [note for step in models for note in step.layer.notes]
     if not layers:
         return ""
     if models and all(step.entries for step in models):
-        cut = [note for step in models for note in step.layer.notes if " was left out " in note]
+        cut = [note for note in untold if " was left out " in note]
         return f"what comes after {layers[-1]} was compared in part: {cut[0]}" if cut else ""
     why = "the model's own output is not in both recordings"
+    if models and all(pair.first and pair.second for pair in pairs if _is_model(pair)):
+        why = untold[0] if untold else "the model answered nothing"
     if any(side.stepped for side in sides):
         why = STEPPED
     return f"what comes after {layers[-1]}, the last layer that was recorded, was not compared: {why}"
