@@ -28,6 +28,8 @@ _PARTS = {"complex64": "float32", "complex128": "float64"}
 _READERS = 4  # sheets at a time where a diff is explained, beside what is left of comparing
 _SMALL = 4 << 20  # bytes of a matrix that is turned at once
 _COLUMNS = 4096  # more are turned one part after the other
+_LONG_ROW = 2 << 10  # bytes
+_ROWS = 256  # that are read at a time
 _SLICE = 4 << 20  # bytes of what is otherwise strided
 
 
@@ -253,14 +255,33 @@ def _strided(file: StoredFile, tensor: StoredTensor, scratch: Scratch, sheet: in
 
 
 def _turned_whole(file: StoredFile, matrix: StoredTensor, scratch: Scratch) -> np.ndarray:
-    """A small matrix, read at once: for each of its rows a call would take longer than one more copy."""
+    """A small matrix, all of it."""
     kind = words_of(matrix.dtype)
+    if matrix.shape[1] * matrix.item_size >= _LONG_ROW:
+        return _turned_in_rows(file, matrix, scratch)
+    # Read at once: to put each of its rows in its place would take longer than one more copy.
     size, work = matrix.nbytes, blocks.scratch_size(min(matrix.shape[1], _COLUMNS), matrix.item_size)
     memory = scratch.take(2 * size + work)
     rows, out = memory[:size], memory[size : 2 * size].view(kind)
     file.fill(matrix, 0, [rows.data])
     turned = out.reshape(matrix.shape[::-1])
     blocks.transpose_into(rows.view(kind).reshape(matrix.shape), turned, memory[2 * size :])
+    return out
+
+
+def _turned_in_rows(file: StoredFile, matrix: StoredTensor, scratch: Scratch) -> np.ndarray:
+    """Rows are read to where they are turned from, so many at a time that they stay in a second-level cache."""
+    kind, row = words_of(matrix.dtype), matrix.shape[1] * matrix.item_size
+    count = min(matrix.shape[0], _ROWS)
+    memory = scratch.take(matrix.nbytes + blocks.padded_size(count, row))
+    out = memory[: matrix.nbytes].view(kind)
+    turned = out.reshape(matrix.shape[::-1])
+    block = blocks.padded(memory[matrix.nbytes :], matrix.shape[1], kind, count)
+    lines = scratch.lines(block, 0, count)
+    for first in range(0, matrix.shape[0], count):
+        here = min(count, matrix.shape[0] - first)
+        file.fill(matrix, first * row, lines[:here])
+        blocks.turn_into(block[:here], turned[:, first : first + here])
     return out
 
 
