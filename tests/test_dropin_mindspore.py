@@ -609,3 +609,34 @@ def test_an_activation_of_its_own_is_refused() -> None:
     layer.activation = Squared()
     with pytest.raises(UnsupportedError, match="activation: given Squared"):
         mb.extract(layer)
+
+
+def test_what_is_known_of_a_call_is_not_taken_for_another() -> None:
+    """The same sizes asked for with a setting, a dtype or a layer that is wrong: still refused, or composed."""
+    layer = ms.nn.MultiheadAttention(16, 4)
+    array = np.random.default_rng(0).standard_normal((L, N, 16)).astype(np.float32)
+    x = tensor(array)
+    for _ in range(2):
+        notes: list[str] = []
+        mb.attend(layer, x, x, x, notes=notes)
+        assert notes == ["native: mindspore.nn.MultiheadAttention"]
+    for wrong in (tensor(array.astype(np.float16)), array, array.tolist()):
+        with pytest.raises(mb.MHABridgeError, match=r"query|key"):
+            mb.attend(layer, wrong, x, x)
+    with pytest.raises(mb.MHABridgeError, match="need_weights"):
+        mb.attend(layer, x, x, x, need_weights=1)
+    for options in ({"mode": "composed"}, {"is_causal": True}):
+        notes = []
+        mb.attend(layer, x, x, x, notes=notes, **options)
+        assert notes[0].startswith("composed")
+    ms.set_context(mode=ms.GRAPH_MODE)
+    notes = []
+    mb.attend(layer, x, x, x, notes=notes)
+    assert notes[0].startswith("composed: A native cell that was compiled")
+    ms.set_context(mode=ms.PYNATIVE_MODE)
+    other = tensor(array[:, ::-1].copy())
+    for inputs in ((x, other, other), (x, x, other), (x, x, x)):
+        native, composed = (mb.attend(layer, *inputs, mode=mode)[0].asnumpy() for mode in ("auto", "composed"))
+        np.testing.assert_allclose(native, composed, rtol=1e-4, atol=1e-5)
+    layer.batch_first = True
+    assert mb.attend(layer, x, x, x)[1].shape == (L, N, N)

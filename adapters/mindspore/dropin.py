@@ -101,7 +101,7 @@ class MultiheadAttention(mindspore.nn.MultiheadAttention):  # type: ignore[misc]
     ) -> tuple[Any, Any]:
         """PyTorch's call; see ``mhabridge.attend`` for what the arguments mean. Compilers do not come here."""
         args = (query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal)
-        if mindspore.get_context("mode") != mindspore.PYNATIVE_MODE or "construct" in self.__dict__:
+        if "construct" in self.__dict__ or mindspore.get_context("mode") != mindspore.PYNATIVE_MODE:
             answer: tuple[Any, Any] = mindspore.nn.Cell.__call__(self, *args)
             return answer
         self.__dict__["construct"] = self._answer  # for this call: a compiler shall find the class's own
@@ -123,7 +123,7 @@ class MultiheadAttention(mindspore.nn.MultiheadAttention):  # type: ignore[misc]
         is_causal: bool,
     ) -> tuple[Any, Any]:
         options = Options(is_causal, need_weights, average_attn_weights, training=self.training)
-        return attend(self, (query, key, value), key_padding_mask, attn_mask, options, [])
+        return attend(self, (query, key, value), key_padding_mask, attn_mask, options, [], pynative=True)
 
     def construct(
         self,

@@ -19,6 +19,9 @@ from .native import FRAMEWORK, version
 from .ops import OPS
 from .parameters import named_tensors, spec_of
 
+_NATIVE: dict[tuple[Any, ...], MHASpec] = {}  # calls that the native cell answers, known to be right
+_MOST_KINDS = 4096
+
 
 def attend(
     layer: Any,
@@ -27,13 +30,21 @@ def attend(
     attn_mask: Any,
     options: Options,
     notes: list[str],
+    pynative: bool = False,
 ) -> tuple[Any, Any]:
     """One call of a live cell: native without masks (a fully masked row would have to be looked for), else composed.
+
+    ``pynative`` says that the mode is known to be that: to ask MindSpore takes 17 microseconds.
 
     Raises:
         UnsupportedError: the mode is "native" and the call is not one for the native cell, or the dtype has no kernels.
     """
     spec = spec_of(layer)
+    options.check()
+    kind = _kind_of_native(spec, inputs, key_padding_mask, attn_mask, options)
+    if kind in _NATIVE and (pynative or mindspore.get_context("mode") != mindspore.GRAPH_MODE):
+        notes.append("native: mindspore.nn.MultiheadAttention")
+        return _attend_native(layer, inputs, options)
     sizes = sizes_of(spec, inputs[0], inputs[1], live.check(OPS, spec, inputs, options))
     if sizes.source == 0 and not spec.extra_columns and sizes.batch * sizes.target:
         raise UnsupportedError(
@@ -43,7 +54,7 @@ def attend(
             advice="A product over none is left unwritten in MindSpore 2.10; the output would be the out bias.",
         )
     masked = key_padding_mask is not None or attn_mask is not None or options.is_causal
-    reason = _why_composed(spec, sizes, options, masked)
+    reason = _why_composed(spec, sizes, options, masked, pynative)
     if reason and options.mode == "native":
         raise UnsupportedError("mode", given="'native'", expected="'auto' or 'composed'", advice=reason)
     if reason:
@@ -52,11 +63,36 @@ def attend(
             live.placed(OPS, sizes, key_padding_mask, attn_mask)  # raises for masks of a wrong shape
             return _nothing(spec, sizes, inputs[0], options)
         return live.attend(OPS, spec, named_tensors(layer), inputs, key_padding_mask, attn_mask, options)
+    if kind is not None:
+        if len(_NATIVE) >= _MOST_KINDS:
+            _NATIVE.clear()
+        _NATIVE[kind] = spec
     notes.append("native: mindspore.nn.MultiheadAttention")
     return _attend_native(layer, inputs, options)
 
 
-def _why_composed(spec: MHASpec, sizes: masks.Sizes, options: Options, masked: bool) -> str:
+def _kind_of_native(
+    spec: MHASpec, inputs: tuple[Any, Any, Any], key_padding_mask: Any, attn_mask: Any, options: Options
+) -> tuple[Any, ...] | None:
+    """What a call without masks has in common with others of which all that is checked here is the same; else None.
+
+    It is remembered with its spec, so no other spec has the same id.
+    """
+    if options.is_causal or key_padding_mask is not None or attn_mask is not None:
+        return None
+    query, key, value = inputs
+    try:
+        tensors: tuple[Any, ...] = (query.shape, query.dtype)
+        if query is not key or key is not value:
+            tensors = (*tensors, key.shape, value.shape, key.dtype, value.dtype)
+        kind = (id(spec), type(query), type(key), type(value), options.mode, options.training, *tensors)
+        hash(kind)
+    except (AttributeError, TypeError):  # no tensors: to be refused
+        return None
+    return kind
+
+
+def _why_composed(spec: MHASpec, sizes: masks.Sizes, options: Options, masked: bool, pynative: bool) -> str:
     found = _violations(spec, sizes, options.training)
     impossible = [limit for limit in found if not limit.composable]
     if impossible and mindspore.get_context("device_target") == "CPU":  # what the envelope was measured on
@@ -70,7 +106,7 @@ def _why_composed(spec: MHASpec, sizes: masks.Sizes, options: Options, masked: b
         return "asked for"
     if masked:
         return "MindSpore may leave a fully masked row unwritten, and whether there is one shows only in the values."
-    if mindspore.get_context("mode") == mindspore.GRAPH_MODE:
+    if not pynative and mindspore.get_context("mode") == mindspore.GRAPH_MODE:
         return "A native cell that was compiled for one tensor given three times answers for three tensors as for one."
     if sizes.source == 1:
         return "A native gradient over one source position, if it is the first, spoils all later ones in the process."
@@ -105,7 +141,8 @@ def _nothing(spec: MHASpec, sizes: masks.Sizes, query: Any, options: Options) ->
 
 def _attend_native(layer: Any, inputs: tuple[Any, Any, Any], options: Options) -> tuple[Any, Any]:
     query, key, value = inputs
-    layer.q_is_k, layer.k_is_v = query is key, key is value  # as its own __call__ sets them
+    own = vars(layer)  # as attributes of a cell these take as long as all that is checked of a call
+    own["q_is_k"], own["k_is_v"] = query is key, key is value  # as its own __call__ sets them
     try:
         answer = mindspore.nn.MultiheadAttention.construct(
             layer,
@@ -116,5 +153,7 @@ def _attend_native(layer: Any, inputs: tuple[Any, Any, Any], options: Options) -
             average_attn_weights=options.average_attn_weights,
         )
     finally:
-        layer.q_is_k = layer.k_is_v = False  # what a compiler finds; with both False the cell is right for any tensors
+        own["q_is_k"] = own["k_is_v"] = (
+            False  # what a compiler finds; with both False the cell is right for any tensors
+        )
     return answer[0], answer[1] if options.need_weights else None
