@@ -13,6 +13,7 @@ from mhabridge import MHASpec, MHAWeights, backend, backends, build
 from mhabridge.backends import shipping
 from mhabridge.backends.worker import Worker
 from mhabridge.diff.inputs import random_inputs
+from tests.conftest import _ready as ready
 
 pytestmark = pytest.mark.frameworks
 
@@ -123,9 +124,8 @@ def train_mindspore(optimiser: str) -> list[np.ndarray]:
 
 
 def train_megengine(optimiser: str) -> list[np.ndarray]:
-    (info,) = [info for info in backends.backends() if info.name == "megengine"]
-    if not info.ok:
-        pytest.skip(f"megengine: {info.reason}")
+    ready("megengine")
+    info = next(info for info in backends.backends() if info.name == "megengine")
     weights, x, target = material()
     modules = {
         "mhabridge.bridge": shipping.source("mhabridge.bridge"),

@@ -13,7 +13,9 @@ Why it is built so:
   formula in plain operations, with shapes, dtypes and flags resolved while compiling. 2.0 compiles also what a flag
   excludes, so construct must not mention the other form.
 - If the first gradient of a process is taken with a source of one position, 2.10 gives wrong gradients from then on,
-  for any shape. So the first one here is a small known one; if that is already wrong, the process cannot be used.
+  for any shape. So the first one here is a small known one; if that is already wrong, the process cannot be used. One
+  that fails makes it forget the first, so a known one comes after it again.
+- Without a batch or a target row 2.10 leaves the gradients of parameters unwritten, so nothing is computed there.
 
 All modules of this package also run inside workers (Python 3.8).
 """

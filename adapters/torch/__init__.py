@@ -6,7 +6,8 @@ Why it is built so:
 - query, key and value are always three tensors: only a layer that sees one tensor three times takes the fast path,
   which ignores is_causal and has its own answer for fully masked rows.
 - A fully masked row is NaN only when weights are asked for (without them the row is the out bias), so they are asked
-  for. A live layer's call, whose values nobody looks at, instead has NaN put into such rows of the mask or the output.
+  for. A live layer's call, whose values nobody looks at, asks for them where they cost nothing (fast path on a CPU),
+  and elsewhere has NaN put into such rows of the mask or the output.
 - A live layer gets bool masks as they are where that is right: its fast path takes them, and no float ones.
 - 1.8.1 keeps out_proj.bias, with random values, when bias is False; it is set to zero.
 

@@ -163,7 +163,8 @@ def convert_checkpoint(
         kept, left_out = _sorted_objects(file, format, options.drop)
         report = _report(file, format, plan, kept, [*left_out, *notes], origins.notes_on_format(to, format.name))
         job = Job(file, target, format, plan, kept, to, force, verify, progress, shard_size, sync, workers)
-        report = dataclasses.replace(report, notes=(*report.notes, *[_VERSIONS][: job.loses_versions]))
+        if job.loses_versions:
+            report = dataclasses.replace(report, notes=(*report.notes, _VERSIONS))
         _require_nothing_lost(report, job)
         _require_no_part(job)
         if dry_run:
@@ -209,7 +210,8 @@ def _require_nothing_lost(report: ConversionReport, job: Job) -> None:
         CheckpointError: something would be gone, or a checkpoint in several files would no longer be whole.
     """
     lost = [*(name for entry in report.entries if entry.target is None for name in entry.sources), *report.left_out]
-    lost += ["the versions of module classes (_metadata)"][: job.loses_versions]
+    if job.loses_versions:
+        lost.append("the versions of module classes (_metadata)")
     read = {_identity(file) for file in job.file.paths}
     hit = [file.name for file in job.touched() if _identity(file) in read - {None}]
     whole = _identity(job.target) == _identity(job.file.path)

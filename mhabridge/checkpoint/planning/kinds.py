@@ -134,6 +134,7 @@ def decide(path: str, found: Sequence[Reading], dialect: str, wanted: Wanted = N
         in_groups = [*more, *(Choice(one, size) for one in open_ones for size in sizes if one.may_have(size))]
         fitting = [one for one in choices + in_groups if _fits(one, dialect, wanted)]
         named = [one for one in choices if {name for name, _ in one.written(dialect).values()} <= wanted.keys()]
+        # Where no reading has the wanted shapes, names settle it, so that the shape is what does not fit.
         choices, more = fitting or named or choices, [one for one in in_groups if one in fitting] if fitting else more
     choices = _hinted(path, choices)
     different = {one.said(dialect): one for one in reversed(choices)}

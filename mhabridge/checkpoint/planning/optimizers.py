@@ -6,14 +6,14 @@ MindSpore's checkpoints of a network in training have them. What they are called
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 from mhabridge import mapping
 
 RULE = "unchanged: an optimizer's"
 
 
-def tensors(names: Iterable[str]) -> set[str]:
+def tensors(names: Collection[str]) -> set[str]:
     """Those of some names that are an optimizer's.
 
     Args:
@@ -25,13 +25,13 @@ def tensors(names: Iterable[str]) -> set[str]:
         >>> tensors(["fc.weight", "moment1.fc.weight"])  # a module may be called so
         set()
     """
-    there = dict.fromkeys(names)
     found: set[str] = set()
     for framework in mapping.FRAMEWORKS:
         declared = mapping.table(framework)["framework"]["checkpoints"].get("optimizer")
-        if declared is None or declared["mark"] not in there:
+        if declared is None or declared["mark"] not in names:
             continue
-        found.update(name for name in declared["beside"] if name in there)
+        there = set(names)
+        found.update(there.intersection(declared["beside"]))
         for name in there:
             first, _, rest = name.partition(".")
             if first in declared["of_parameters"] and rest in there:

@@ -161,11 +161,7 @@ def _translate(draft: Draft, options: Options, to: Dialect) -> tuple[list[Block]
     if options.layout is not None:
         origins.require_known(*mapping.parse_name(options.layout), "layout")
     specs = sidecar.known(file, options.spec)
-    moments = optimizers.tensors(file)
-    kept = [(name, one) for name, one in draft.left().items() if draft.old_names[name] in moments]
-    for name, tensor in kept:
-        draft.carry(name, name, tensor.shape, optimizers.RULE)
-    draft.notes += [optimizers.note(draft.old_names[name] for name, _ in kept)] if kept else []
+    _keep_optimizers(draft)
     blocks = find_blocks(file, draft.left(), specs, options.num_heads, draft.old_names)
     layouts_of = {block.prefix: options.layout or _layout_at(block, to, options.names_of) for block in blocks}
     for block in blocks:
@@ -188,6 +184,16 @@ def _translate(draft: Draft, options: Options, to: Dialect) -> tuple[list[Block]
     known = {block.prefix: block.facts(layouts_of[block.prefix]) for block in blocks}
     made = sidecar.Specs(known, {}, str(to), layers.left_open)
     return blocks, made.dumped() if known or layers.left_open else None
+
+
+def _keep_optimizers(draft: Draft) -> None:
+    """Carry what is an optimizer's as it is, before anything is taken for a layer."""
+    moments = optimizers.tensors(draft.file)
+    kept = [name for name in draft.left() if draft.old_names[name] in moments]
+    for name in kept:
+        draft.carry(name, name, draft.tensors[name].shape, optimizers.RULE)
+    if kept:
+        draft.notes.append(optimizers.note(draft.old_names[name] for name in kept))
 
 
 def _layout_at(block: Block, to: Dialect, wanted: Mapping[str, Shape] | None) -> str:

@@ -39,7 +39,7 @@ class LayerPlanner:
         specs: Specs,
         said: Mapping[str, str],
         wanted: Mapping[str, Shape] | None,
-        turned_paths: tuple[Collection[str], Collection[str]] = ((), ()),
+        turned_paths: tuple[Collection[str], Collection[str]],
     ) -> None:
         self.draft, self.to, self.dialects = draft, to, dialects
         self.specs, self.said, self.turned = specs, said, turned_paths
