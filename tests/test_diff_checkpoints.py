@@ -15,7 +15,7 @@ import pytest
 
 from mhabridge.checkpoint.conversion import convert_checkpoint
 from mhabridge.checkpoint.formats.known import open_checkpoint
-from mhabridge.checkpoint.storage.blocks import Scratch
+from mhabridge.checkpoint.storage.memory import Scratch
 from mhabridge.diff.checkpoints import diff_checkpoints, streaming, working
 from mhabridge.diff.checkpoints.streaming import Side
 from mhabridge.diff.comparing import compare

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mhabridge.checkpoint.storage import blocks, transposing
+from mhabridge.checkpoint.storage import blocks, memory, transposing
 from mhabridge.checkpoint.storage.stored import Extent, StoredFile, StoredTensor
 from mhabridge.checkpoint.storage.transposing import transposed
 from mhabridge.checkpoint.storage.writing import Outgoing, Sink, passed_through
@@ -144,9 +144,9 @@ def test_equal_transposes_are_tied_and_others_not(tmp_path):
 @pytest.mark.parametrize("most_lines", [16, 1 << 14])
 def test_one_scratch_serves_matrices_of_any_shape(tmp_path, monkeypatch, most_lines):
     """Rows are kept from one matrix to the next, but only when they lie in the same places."""
-    monkeypatch.setattr(blocks, "_MOST_LINES", most_lines)
+    monkeypatch.setattr(memory, "_MOST_LINES", most_lines)
     monkeypatch.setattr(transposing, "_SHORT_ROW", 16)
-    scratch = blocks.Scratch()
+    scratch = memory.Scratch()
     shapes = [("float32", 30, 40), ("float32", 30, 40), ("float32", 40, 30), ("float64", 30, 20), ("uint8", 300, 41)]
     for number, (dtype, count, length) in enumerate([*shapes, *reversed(shapes)]):
         array = matrix(dtype, count, length) + np.array(number, dtype)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from mhabridge import dtypes
+from mhabridge.checkpoint.storage.memory import same
 
-_FIRST = 1024  # words that are looked at first: most tensors that differ do there
 _SMALLEST = {"float16": -14, "bfloat16": -126}  # exponent of the smallest normal number
 
 
@@ -19,10 +19,8 @@ def same_bits(a: np.ndarray, b: np.ndarray) -> bool:
     """
     if a.dtype != b.dtype or a.shape != b.shape:
         return False
-    words = np.dtype(f"u{a.dtype.itemsize}") if a.dtype.itemsize in (1, 2, 4, 8) else np.dtype("u1")
-    x, y = np.ascontiguousarray(a), np.ascontiguousarray(b)
-    x, y = x.reshape(-1).view(words), y.reshape(-1).view(words)
-    return bool(np.array_equal(x[:_FIRST], y[:_FIRST]) and np.array_equal(x, y))
+    x, y = (np.ascontiguousarray(one).reshape(-1).view(np.uint8) for one in (a, b))
+    return same(x, y)
 
 
 def are_copies(first: np.ndarray, second: np.ndarray) -> bool:

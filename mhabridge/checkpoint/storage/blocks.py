@@ -16,7 +16,6 @@ _ROWS = 256
 _COLUMNS = 512  # a block of so many fits into a second-level cache
 _BYTES = 8 << 20  # of the scratch: when rows are so long that fewer have to do
 _TURNED = 512  # rows at a time; of more, each in pages of its own, the processor forgets the places (measured)
-_MOST_LINES = 16 << 10  # rows whose memoryviews are kept: 3 MB of them
 _PADDING = 64  # bytes behind each row of the scratch: one cache line
 
 
@@ -63,46 +62,6 @@ def contiguous(array: np.ndarray) -> np.ndarray:
     out = np.empty(array.shape, array.dtype)
     transpose_into(array.T, out)
     return out
-
-
-class Scratch:
-    """Memory to work in: the same each time it is asked for, since fresh pages cost time."""
-
-    def __init__(self) -> None:
-        self._memory = np.empty(0, np.uint8)
-        self._lines: tuple[Any, list[memoryview]] = (None, [])
-        self._beside: Scratch | None = None
-
-    @property
-    def beside(self) -> Scratch:
-        """More of it, for who needs two at a time."""
-        if self._beside is None:
-            self._beside = Scratch()
-        return self._beside
-
-    def take(self, size: int) -> np.ndarray:
-        """So many bytes; what was taken before is no longer valid."""
-        if len(self._memory) < size:
-            self._lines = (None, [])
-            self._memory = np.empty(0, np.uint8)  # let go of it before there is more
-            self._memory = np.empty(size, np.uint8)
-        return self._memory[:size]
-
-    def lines(self, matrix: np.ndarray, start: int, stop: int) -> list[memoryview]:
-        """The bytes of some rows of a matrix in this memory, each by itself.
-
-        Those of the last matrix are kept, as long as they are not too many: the next one often lies where it lay.
-        """
-        if len(matrix) > _MOST_LINES:
-            return _lines(matrix[start:stop])
-        place = (matrix.__array_interface__["data"], matrix.shape, matrix.strides, matrix.itemsize)
-        if self._lines[0] != place:
-            self._lines = (place, _lines(matrix))
-        return self._lines[1][start:stop]
-
-
-def _lines(matrix: np.ndarray) -> list[memoryview]:
-    return [memoryview(line.view(np.uint8)) for line in matrix]
 
 
 def scratch_size(columns: int, item_size: int) -> int:

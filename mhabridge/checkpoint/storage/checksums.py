@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING
 
-from mhabridge.checkpoint.storage.blocks import Scratch
 from mhabridge.checkpoint.storage.crc import crc32
 from mhabridge.checkpoint.storage.files import Extent
+from mhabridge.checkpoint.storage.memory import Scratch
 from mhabridge.errors import CheckpointError
 
 if TYPE_CHECKING:

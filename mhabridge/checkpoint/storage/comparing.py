@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from mhabridge.checkpoint.storage import transposing
-from mhabridge.checkpoint.storage.blocks import Scratch
+from mhabridge.checkpoint.storage.memory import Scratch, same
 from mhabridge.checkpoint.storage.stored import StoredFile, StoredTensor, bytes_of
 
 _PIECE = 4 << 20  # bytes of each side; after each of smaller ones threads wait for Python's lock
@@ -46,7 +46,7 @@ def same_bits(
     if not other.plain and not view.plain:
         first, second = bytes_of(mine.words(view)), bytes_of(theirs.words(other))
         watch(first)
-        return _equal(first, second)
+        return same(first, second)
     scratch, swapped = scratch or Scratch(), view.plain and not other.plain
     if swapped:
         mine, view, theirs, other = theirs, other, mine, view
@@ -55,7 +55,7 @@ def same_bits(
         for start in range(0, len(piece), _PIECE):
             part = piece[start : start + _PIECE]
             theirs.fill(other, position + start, [buffer[: len(part)]])
-            if not _equal(part, buffer[: len(part)]):
+            if not same(part, buffer[: len(part)]):
                 return False
             watch(buffer[: len(part)] if swapped else part)
         position += len(piece)
@@ -75,12 +75,6 @@ def _pieces(file: StoredFile, view: StoredTensor, scratch: Scratch) -> Iterator[
             piece = buffer[: min(_PIECE, view.nbytes - position)]
             file.fill(view, position, [piece])
             yield piece
-
-
-def _equal(first: memoryview, second: memoryview) -> bool:
-    """Whether bytes are equal; ``==`` on memoryviews takes 35 times as long (measured)."""
-    kind = np.dtype(np.uint64 if len(first) == len(second) and len(first) % 8 == 0 else np.uint8)
-    return np.array_equal(np.frombuffer(first, kind), np.frombuffer(second, kind))
 
 
 def all_zero(file: StoredFile, view: StoredTensor) -> bool:

@@ -98,10 +98,13 @@ class OpenFiles:
         descriptor, left = self.descriptor(extent.file), list(buffers)
         position = extent.offset + skip
         while left:
-            got = os.preadv(descriptor, left[:_MOST_BUFFERS], position)
+            here = left[:_MOST_BUFFERS]
+            got = os.preadv(descriptor, here, position)
             if not got and len(left[0]):
                 raise self.became_shorter(extent)
-            left, position = after(left, got), position + got
+            # Looking at each of hundreds of buffers takes as long as reading them, and other threads wait meanwhile.
+            left = left[_MOST_BUFFERS:] if got == total(here) else after(left, got)
+            position += got
 
     def became_shorter(self, extent: Extent) -> CheckpointError:
         """The error for a file that ends before an extent does, which it did not when it was opened."""
@@ -111,6 +114,16 @@ class OpenFiles:
             expected=f"{extent.length} bytes from {extent.offset} on",
             advice="Something else writes it; wait until that has ended.",
         )
+
+
+def total(buffers: Sequence[memoryview]) -> int:
+    """The bytes of buffers together.
+
+    Example:
+        >>> total([memoryview(b"ab"), memoryview(b"c")])
+        3
+    """
+    return sum(map(len, buffers))
 
 
 def after(buffers: list[memoryview], count: int) -> list[memoryview]:

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from concurrent import futures
 from types import TracebackType
 
-from mhabridge.checkpoint.storage.blocks import Scratch
+from mhabridge.checkpoint.storage.memory import Scratch
 
 WORTH_A_THREAD = 1 << 20  # bytes: what is smaller takes no longer than handing it over
 _MOST = 2

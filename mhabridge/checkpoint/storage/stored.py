@@ -16,11 +16,11 @@ from typing import Any
 import numpy as np
 
 from mhabridge import dtypes
-from mhabridge.checkpoint.storage import blocks
+from mhabridge.checkpoint.storage import blocks, memory
 from mhabridge.checkpoint.storage.checksums import Checksum
 from mhabridge.checkpoint.storage.crc import crc32
 from mhabridge.checkpoint.storage.files import Extent as Extent
-from mhabridge.checkpoint.storage.files import OpenFiles, after
+from mhabridge.checkpoint.storage.files import OpenFiles, after, total
 from mhabridge.checkpoint.storage.packed import Deflated
 from mhabridge.checkpoint.storage.tensors import ITEM_SIZES as ITEM_SIZES
 from mhabridge.checkpoint.storage.tensors import NOT_IN_NUMPY as NOT_IN_NUMPY
@@ -150,7 +150,7 @@ class StoredFile(Mapping[str, StoredTensor]):
         if not tensor.plain:
             yield bytes_of(self.words(tensor))
             return
-        buffer = memoryview(bytearray(min(size, max(tensor.nbytes, 1))))
+        buffer = memory.from_a_page_on(min(size, max(tensor.nbytes, 1))).data
         crc = tensor.checksum[0] if tensor.checksum else 0
         for extent in tensor.plain_extents():
             for offset in range(0, extent.length, len(buffer)):
@@ -184,7 +184,7 @@ class StoredFile(Mapping[str, StoredTensor]):
         tensor.require_readable(self.path)
         kind = words_of(tensor.dtype)
         if tensor.plain:
-            array = np.empty(tensor.size, kind)
+            array = memory.from_a_page_on(tensor.size * kind.itemsize).view(kind)
             self.fill(tensor, 0, [bytes_of(array)])
             self._sum_up(tensor, array)
             return array.reshape(tensor.shape)
@@ -197,7 +197,7 @@ class StoredFile(Mapping[str, StoredTensor]):
         span = 1 + sum((n - 1) * stride for n, stride in zip(tensor.shape, strides, strict=True)) if tensor.size else 0
         summed = tensor.checksum is not None and tensor.extents not in self._sound
         start, length = (0, whole) if summed else (tensor.start, span)
-        storage = np.empty(length, kind)
+        storage = memory.from_a_page_on(length * kind.itemsize).view(kind)
         lying = dataclasses.replace(tensor, shape=(length,), start=start, strides=None, big_endian=False)
         self.fill(lying, 0, [bytes_of(storage)])
         if summed:  # once: thousands of views of one storage would read it thousands of times
@@ -315,11 +315,13 @@ def _by_name(path: Path, tensors: list[StoredTensor]) -> dict[str, StoredTensor]
 
 def _divided(buffers: list[memoryview], count: int) -> tuple[list[memoryview], list[memoryview]]:
     """The first bytes of buffers, and what is left."""
+    if total(buffers) <= count:
+        return buffers, []
     for number, buffer in enumerate(buffers):
         if count <= len(buffer):
             return [*buffers[:number], buffer[:count]], after(buffers[number:], count)
         count -= len(buffer)
-    return buffers, []
+    raise AssertionError("the buffers end before their bytes")
 
 
 def _c_strides(shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from mhabridge.checkpoint.storage import blocks
-from mhabridge.checkpoint.storage.blocks import Scratch
+from mhabridge.checkpoint.storage.memory import Scratch
 from mhabridge.checkpoint.storage.stored import CHUNK, StoredFile, StoredTensor, bytes_of, words_of
 from mhabridge.checkpoint.storage.writing import Outgoing, Sink, passed_through
 

@@ -13,8 +13,8 @@ import os
 from collections.abc import Callable
 
 from mhabridge.checkpoint.storage import reserving
-from mhabridge.checkpoint.storage.blocks import Scratch
 from mhabridge.checkpoint.storage.crc import crc32
+from mhabridge.checkpoint.storage.memory import Scratch
 from mhabridge.checkpoint.storage.parallel import WORTH_A_THREAD, Stopped, Workers
 from mhabridge.checkpoint.storage.stored import ITEM_SIZES, Extent, StoredFile, StoredTensor
 from mhabridge.errors import CheckpointError

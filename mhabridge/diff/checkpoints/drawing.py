@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from mhabridge.checkpoint.storage.blocks import Scratch
+from mhabridge.checkpoint.storage.memory import Scratch
 from mhabridge.diff.checkpoints.entries import Item
 from mhabridge.diff.checkpoints.streaming import Side
 from mhabridge.diff.comparing import VERDICTS

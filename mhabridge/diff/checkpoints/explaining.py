@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
-from mhabridge.checkpoint.storage.blocks import Scratch
+from mhabridge.checkpoint.storage.memory import Scratch
 from mhabridge.diff.checkpoints.entries import Item, Matched
 from mhabridge.diff.checkpoints.streaming import Side
 from mhabridge.diff.comparing import Comparison

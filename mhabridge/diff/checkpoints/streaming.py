@@ -14,7 +14,7 @@ import numpy as np
 
 from mhabridge import dtypes
 from mhabridge.checkpoint.storage import blocks, transposing
-from mhabridge.checkpoint.storage.blocks import Scratch
+from mhabridge.checkpoint.storage.memory import Scratch
 from mhabridge.checkpoint.storage.stored import StoredFile, StoredTensor, bytes_of, words_of
 from mhabridge.diff.bits import are_copies
 from mhabridge.diff.comparing import Comparison, Measure, decide

@@ -7,7 +7,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 
-from mhabridge.checkpoint.storage.blocks import Scratch
+from mhabridge.checkpoint.storage.memory import Scratch
 from mhabridge.diff.checkpoints import streaming
 from mhabridge.diff.checkpoints.streaming import Found, Side
 from mhabridge.diff.comparing import Comparison
