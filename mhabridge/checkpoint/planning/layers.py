@@ -188,12 +188,12 @@ class _Finder:
     Args:
         said: the number of heads that the user says.
         config: what lies beside the checkpoint.
-        alike: what was read of layers before; most of a model's are alike.
+        alike: what was read of layers before, with notes that lack the layer's path; most of a model's are alike.
     """
 
     said: int | None
     config: configuration.Configuration
-    alike: dict[Any, tuple[str, MHASpec]] = dataclasses.field(default_factory=dict)
+    alike: dict[Any, tuple[str, MHASpec, list[str]]] = dataclasses.field(default_factory=dict)
 
     def require_plain(self) -> list[str]:
         """Notes on what config.json says of the whole model, which must have plain attention."""
@@ -258,20 +258,21 @@ class _Finder:
         """The layout and the spec of what lies under a prefix; notes on it are added to what is said."""
         below = {name: (tensor.shape, tensor.dtype) for name, tensor in packing.below(prefix, own).items()}
         kind = (tuple(below.items()), tuple(sorted(known.items())), heads)
-        found = self.alike.get(kind)
+        found, path = self.alike.get(kind), packing.join(prefix, "")
         if found is None:
-            before, fields = len(said), dict(known)
+            notes: list[str] = []
+            fields = dict(known)
             layout = fields.pop("layout", None)
             if layout is None:
                 layout = layouts.recognise(shapes_of(own), prefix, **fields).layout
             own = _of_layout(layout, prefix, own)
             dtype = _dtype(prefix, list(own.values()))
             heads = 1 if heads is None else heads
-            spec = layouts.spec_from_shapes(layout, shapes_of(own), heads, prefix, said, **{**fields, "dtype": dtype})
-            found = layout, spec
-            if len(said) == before:  # notes have the layer's path in them
-                self.alike[kind] = found
-        return found
+            spec = layouts.spec_from_shapes(layout, shapes_of(own), heads, prefix, notes, **{**fields, "dtype": dtype})
+            found = self.alike[kind] = layout, spec, [note.removeprefix(path) for note in notes]
+        layout, spec, notes = found
+        said += [path + note for note in notes]
+        return layout, spec
 
 
 def _of_layout(layout: str, prefix: str, own: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:

@@ -84,27 +84,26 @@ class OpenFiles:
         assert found is not None
         return found
 
-    def fill(self, buffers: Sequence[memoryview], extent: Extent, skip: int = 0) -> None:
+    def fill(self, buffers: Sequence[memoryview], extent: Extent, skip: int, length: int) -> None:
         """Fill buffers with the bytes of an extent, from the skipped ones on.
 
         Args:
-            buffers: of bytes, one after another; together not longer than what is left of the extent.
+            buffers: of bytes, one after another.
             extent: where the bytes lie.
             skip: how many of its bytes to pass over.
+            length: bytes of the buffers together, not more than what is left of the extent. To look at each of hundreds
+                of buffers takes as long as to read them, and other threads wait meanwhile.
 
         Raises:
             CheckpointError: the file has become shorter since it was opened.
         """
-        descriptor, left = self.descriptor(extent.file), list(buffers)
-        position = extent.offset + skip
-        while left:
-            here = left[:_MOST_BUFFERS]
-            got = os.preadv(descriptor, here, position)
-            if not got and len(left[0]):
+        descriptor, position = self.descriptor(extent.file), extent.offset + skip
+        while length:
+            got = os.preadv(descriptor, buffers[:_MOST_BUFFERS], position)
+            if not got:
                 raise self.became_shorter(extent)
-            # Looking at each of hundreds of buffers takes as long as reading them, and other threads wait meanwhile.
-            left = left[_MOST_BUFFERS:] if got == total(here) else after(left, got)
-            position += got
+            length, position = length - got, position + got
+            buffers = after(buffers, got) if length else ()
 
     def became_shorter(self, extent: Extent) -> CheckpointError:
         """The error for a file that ends before an extent does, which it did not when it was opened."""
@@ -126,7 +125,7 @@ def total(buffers: Sequence[memoryview]) -> int:
     return sum(map(len, buffers))
 
 
-def after(buffers: list[memoryview], count: int) -> list[memoryview]:
+def after(buffers: Sequence[memoryview], count: int) -> Sequence[memoryview]:
     """What is left of buffers when the first bytes are filled; no empty ones.
 
     Example:

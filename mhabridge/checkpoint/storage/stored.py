@@ -8,6 +8,7 @@ process's memory, and a file that shrinks while it is mapped kills the process.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -118,18 +119,28 @@ class StoredFile(Mapping[str, StoredTensor]):
         """
         return self._open.descriptor(extent.file)
 
-    def fill(self, tensor: StoredTensor, position: int, buffers: Sequence[memoryview]) -> None:
+    def fill(
+        self, tensor: StoredTensor, position: int, buffers: Sequence[memoryview], length: int | None = None
+    ) -> None:
         """Fill buffers with a plain tensor's bytes, from a position in it on; no checksum is looked at.
+
+        Args:
+            tensor: plain.
+            position: how many of its bytes to pass over.
+            buffers: of bytes, one after another.
+            length: bytes of the buffers together, where somebody knows: to ask hundreds of them takes a while.
 
         Raises:
             CheckpointError: the file has become shorter since it was opened.
         """
         tensor.require_readable(self.path)
-        left = list(buffers)
+        left, wanted = buffers, total(buffers) if length is None else length
         for extent in tensor.plain_extents():
-            if position < extent.length and left:
-                here, left = _divided(left, extent.length - position)
-                self._open.fill(here, extent, position)
+            here = min(wanted, max(extent.length - position, 0))
+            if here:
+                now, left = (left, ()) if here == wanted else _divided(left, here)
+                self._open.fill(now, extent, position, here)
+                wanted -= here
             position = max(position - extent.length, 0)
 
     def fill_from(self, extent: Extent, skip: int, buffer: memoryview) -> None:
@@ -138,7 +149,7 @@ class StoredFile(Mapping[str, StoredTensor]):
         Raises:
             CheckpointError: the file has become shorter since it was opened.
         """
-        self._open.fill([buffer], extent, skip)
+        self._open.fill([buffer], extent, skip, len(buffer))
 
     def chunks(self, tensor: StoredTensor, size: int = CHUNK) -> Iterator[memoryview]:
         """The tensor's bytes in C order, little-endian, in pieces; each piece is valid until the next is asked for.
@@ -155,7 +166,7 @@ class StoredFile(Mapping[str, StoredTensor]):
         for extent in tensor.plain_extents():
             for offset in range(0, extent.length, len(buffer)):
                 piece = buffer[: min(len(buffer), extent.length - offset)]
-                self._open.fill([piece], extent, offset)
+                self._open.fill([piece], extent, offset, len(piece))
                 crc = crc32(piece, crc) if tensor.checksum else 0
                 yield piece
         self._require_checksum(tensor, tensor.nbytes, crc)
@@ -276,6 +287,7 @@ class StoredFile(Mapping[str, StoredTensor]):
         )
 
 
+@functools.cache
 def words_of(dtype: str) -> np.dtype[Any]:
     """Unsigned integers of the size of a dtype's items; complex128 for itself.
 
@@ -313,15 +325,13 @@ def _by_name(path: Path, tensors: list[StoredTensor]) -> dict[str, StoredTensor]
     return found
 
 
-def _divided(buffers: list[memoryview], count: int) -> tuple[list[memoryview], list[memoryview]]:
+def _divided(buffers: Sequence[memoryview], count: int) -> tuple[Sequence[memoryview], Sequence[memoryview]]:
     """The first bytes of buffers, and what is left."""
-    if total(buffers) <= count:
-        return buffers, []
     for number, buffer in enumerate(buffers):
         if count <= len(buffer):
             return [*buffers[:number], buffer[:count]], after(buffers[number:], count)
         count -= len(buffer)
-    raise AssertionError("the buffers end before their bytes")
+    return buffers, ()
 
 
 def _c_strides(shape: tuple[int, ...]) -> tuple[int, ...]:

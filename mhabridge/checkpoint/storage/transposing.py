@@ -121,7 +121,8 @@ def _read_columns(
         return
     step = _LINES if width == stride else 1
     for row in range(0, count, step):
-        file.fill(lying, (row * stride + first) * item, scratch.lines(sheet, row, row + step))
+        lines = scratch.lines(sheet, row, row + step)
+        file.fill(lying, (row * stride + first) * item, lines, len(lines) * width * item)
 
 
 def _read_short_rows(file: StoredFile, lying: StoredTensor, sheet: np.ndarray, buffer: np.ndarray) -> None:

@@ -1,12 +1,13 @@
 """Two stored tensors beside each other, read in pieces: what they hold is compared, whatever way round it lies.
 
-Memory is bounded: pieces of 786,432 elements of each side, and sheets of matrices that lie transposed, 132 MiB of these
+Memory is bounded: pieces of 524,288 elements of each side, and sheets of matrices that lie transposed, 132 MiB of these
 in all threads together. Checksums are not looked at: where a file is damaged, its numbers differ.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Iterator
 
@@ -20,7 +21,7 @@ from mhabridge.diff.bits import are_copies
 from mhabridge.diff.comparing import Comparison, Measure, decide
 
 # Elements. Smaller ones would fit into a second-level cache, but after each step threads wait for Python's lock.
-PIECE = 768 << 10
+PIECE = 512 << 10
 _THREADS = 168 << 20  # bytes in memory at a time, in all threads together: of these transposed matrices and
 _THREAD = 18 << 20  # what each thread has beside them
 _SHEET = 72 << 20  # of one of them: a matrix of 4096 x 4096 float32 is read whole, which is faster
@@ -50,7 +51,7 @@ class Side:
         """Of the tensor, by name."""
         return self.tensor.dtype
 
-    @property
+    @functools.cached_property
     def identity(self) -> tuple[object, ...]:
         """What two tensors have in common that are the same numbers of one file; of empty ones nothing is."""
         one = self.tensor
@@ -189,7 +190,9 @@ class _Stream:
     """
 
     def __init__(self, side: Side, scratch: Scratch, sheet: int, start: int = 0) -> None:
-        self.file, self.tensor = side.file, dataclasses.replace(side.tensor, checksum=None)
+        self.file, self.tensor = side.file, side.tensor
+        if self.tensor.checksum is not None:
+            self.tensor = dataclasses.replace(self.tensor, checksum=None)
         self.kind, self.at = words_of(self.tensor.dtype), start
         self.plain = self.tensor.plain
         size = min(PIECE, self.tensor.size) if self.plain else 0
@@ -280,7 +283,7 @@ def _turned_in_rows(file: StoredFile, matrix: StoredTensor, scratch: Scratch) ->
     lines = scratch.lines(block, 0, count)
     for first in range(0, matrix.shape[0], count):
         here = min(count, matrix.shape[0] - first)
-        file.fill(matrix, first * row, lines[:here])
+        file.fill(matrix, first * row, lines[:here], here * row)
         blocks.turn_into(block[:here], turned[:, first : first + here])
     return out
 

@@ -17,7 +17,7 @@ Progress = Callable[[int, int], None]
 Task = tuple[int, int, int]  # the number of a pair, the first element, and how many
 MOST_WORKERS = 4  # threads; more would wait for memory
 _STRETCH = 8 << 20  # elements that one thread takes of a large tensor
-_TOGETHER = 1 << 20  # elements: to hand over a small tensor by itself takes longer than to compare it
+_TOGETHER = 2 << 20  # elements: to hand over a small tensor by itself takes longer than to compare it
 _MOST_TOGETHER = 256  # so that progress is seen, and adding up stays cheap
 _memory = threading.local()
 
