@@ -16,7 +16,7 @@ from mhabridge.weights import MHAWeights
 from .compiled import additive, compiled_causal, compiled_mask, compiled_sizes, rows_times, softmax
 from .gradients import prove_gradients
 from .live import attend
-from .native import FRAMEWORK, constructor_kwargs, refuse_device, version
+from .native import FRAMEWORK, compiles_cells, constructor_kwargs, refuse_device, version
 from .parameters import load
 
 
@@ -85,7 +85,7 @@ class MultiheadAttention(mindspore.nn.MultiheadAttention):  # type: ignore[misc]
         self._out_dropout, self._residual = spec.out_dropout, spec.residual
         self.set_train(True)
         load(self, weights.to_layout("mindspore", held, notes=notes))
-        if mindspore.get_context("mode") == mindspore.PYNATIVE_MODE:
+        if not compiles_cells():
             prove_gradients()
 
     def __call__(
@@ -101,7 +101,7 @@ class MultiheadAttention(mindspore.nn.MultiheadAttention):  # type: ignore[misc]
     ) -> tuple[Any, Any]:
         """PyTorch's call; see ``mhabridge.attend`` for what the arguments mean. Compilers do not come here."""
         args = (query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal)
-        if "construct" in self.__dict__ or mindspore.get_context("mode") != mindspore.PYNATIVE_MODE:
+        if "construct" in self.__dict__ or compiles_cells():
             answer: tuple[Any, Any] = mindspore.nn.Cell.__call__(self, *args)
             return answer
         self.__dict__["construct"] = self._answer  # for this call: a compiler shall find the class's own

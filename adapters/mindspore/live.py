@@ -15,7 +15,7 @@ from mhabridge.errors import UnsupportedError
 from mhabridge.live import Options
 from mhabridge.spec import MHASpec
 
-from .native import FRAMEWORK, version
+from .native import FRAMEWORK, compiles_cells, version
 from .ops import OPS
 from .parameters import named_tensors, spec_of
 
@@ -34,7 +34,7 @@ def attend(
 ) -> tuple[Any, Any]:
     """One call of a live cell: native without masks (a fully masked row would have to be looked for), else composed.
 
-    ``pynative`` says that the mode is known to be that: to ask MindSpore takes 17 microseconds.
+    ``pynative`` says that the mode is known to be that.
 
     Raises:
         UnsupportedError: the mode is "native" and the call is not one for the native cell, or the dtype has no kernels.
@@ -42,7 +42,7 @@ def attend(
     spec = spec_of(layer)
     options.check()
     kind = _kind_of_native(spec, inputs, key_padding_mask, attn_mask, options)
-    if kind in _NATIVE and (pynative or mindspore.get_context("mode") != mindspore.GRAPH_MODE):
+    if kind in _NATIVE and (pynative or not compiles_cells()):
         notes.append("native: mindspore.nn.MultiheadAttention")
         return _attend_native(layer, inputs, options)
     sizes = sizes_of(spec, inputs[0], inputs[1], live.check(OPS, spec, inputs, options))
@@ -106,7 +106,7 @@ def _why_composed(spec: MHASpec, sizes: masks.Sizes, options: Options, masked: b
         return "asked for"
     if masked:
         return "MindSpore may leave a fully masked row unwritten, and whether there is one shows only in the values."
-    if not pynative and mindspore.get_context("mode") == mindspore.GRAPH_MODE:
+    if not pynative and compiles_cells():
         return "A native cell that was compiled for one tensor given three times answers for three tensors as for one."
     if sizes.source == 1:
         return "A native gradient over one source position, if it is the first, spoils all later ones in the process."
