@@ -18,6 +18,7 @@ Task = tuple[int, int, int]  # the number of a pair, the first element, and how 
 MOST_WORKERS = 4  # threads; more would wait for memory
 _STRETCH = 8 << 20  # elements that one thread takes of a large tensor
 _TOGETHER = 2 << 20  # elements: to hand over a small tensor by itself takes longer than to compare it
+_LITTLE = 64 << 10  # elements
 _MOST_TOGETHER = 256  # so that progress is seen, and adding up stays cheap
 _memory = threading.local()
 
@@ -39,6 +40,7 @@ def compare_all(
     count = _count(workers)
     ways = [streaming.alike(*pair) for pair in pairs]
     tasks = [(number, *stretch) for number, way in enumerate(ways) for stretch in _stretches(*way)]
+    tasks.sort(key=lambda task: task[2] < _LITTLE)  # their many short steps would make the others wait in between
     done, whole = 0, sum(one.tensor.nbytes + other.tensor.nbytes for one, other in pairs)
     results: list[Found | None] = [None] * len(pairs)
     for (number, _, elements), found in zip(tasks, _measured(ways, tasks, count), strict=True):
