@@ -22,6 +22,7 @@ import dataclasses
 import difflib
 import functools
 import math
+import types
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -58,6 +59,7 @@ class Need:
     test: Callable[[MHASpec, Any], bool]
 
 
+_MOST_KNOWN = 256
 SIZES = ("q_proj_size", "k_proj_size", "v_proj_size", "out_proj_size")
 NEEDS = {
     "all projections": Need(SIZES, "a projection", lambda spec, size: size != 0),
@@ -85,13 +87,26 @@ class Layout:
     beside: tuple[str, ...] = ()
     oldest: str = ""
     refused: str = ""
+    _known: dict[MHASpec, tuple[tuple[Tensor, Mapping[str, Shape]], ...]] = dataclasses.field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
-    def active(self, spec: MHASpec) -> list[tuple[Tensor, dict[str, Shape]]]:
+    def active(self, spec: MHASpec) -> tuple[tuple[Tensor, Mapping[str, Shape]], ...]:
         """The tensors that a layer of this spec has, each with the parameters that it holds and their shapes.
+
+        Most layers of a model are alike, so what was found is kept.
 
         Raises:
             UnsupportedError: the layout cannot hold such a layer.
         """
+        found = self._known.get(spec)
+        if found is None:
+            if len(self._known) >= _MOST_KNOWN:
+                self._known.clear()
+            found = self._known[spec] = self._active(spec)
+        return found
+
+    def _active(self, spec: MHASpec) -> tuple[tuple[Tensor, Mapping[str, Shape]], ...]:
         self._require(spec)
         shapes = {**spec.parameter_shapes(), **self.filled(spec)}
         chosen = [tensor for tensor in self.tensors if CONDITIONS[tensor.when](spec)]
@@ -104,7 +119,7 @@ class Layout:
                 expected=f"a layer without it: the layout {self.name} ({self.title}) has no place for it",
                 advice=_others(spec, self.name),
             )
-        return [(tensor, parts) for tensor, parts in held if parts]
+        return tuple((tensor, types.MappingProxyType(parts)) for tensor, parts in held if parts)
 
     def shapes(self, spec: MHASpec) -> dict[str, Shape]:
         """Name and shape of each tensor of a layer of this spec.

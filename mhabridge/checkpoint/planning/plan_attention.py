@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 
 from mhabridge import mapping, packing
@@ -60,7 +61,7 @@ def drop_in(framework: str) -> str | None:
     return found
 
 
-def _active(layout: Layout, block: Block) -> list[tuple[Tensor, dict[str, Shape]]]:
+def _active(layout: Layout, block: Block) -> tuple[tuple[Tensor, Mapping[str, Shape]], ...]:
     """The tensors of the layout, each with the parameters that it holds; an error says of which layer it speaks."""
     try:
         return layout.active(block.spec)
@@ -97,10 +98,15 @@ def _fill(
         for origin, shape in zip(origins, shapes, strict=True)
     ]
     draft.fill(sources, views.packed(draft.file, name, tensor.steps, made), rule)
+
+    @functools.lru_cache(maxsize=1)
+    def split(stored: StoredTensor) -> list[StoredTensor]:
+        return views.split(stored, tensor.steps, shapes)
+
     for number, origin in enumerate(origins):
 
         def view_of(stored: StoredTensor, number: int = number) -> StoredTensor:
-            return views.split(stored, tensor.steps, shapes)[number]
+            return split(stored)[number]
 
         draft.checks.append(Check(name, view_of, origin))
 
