@@ -131,8 +131,13 @@ def hook(layer: Any, before: Callable[..., Any], after: Callable[..., Any]) -> C
             lambda cell, args, kwargs, outputs: after(outputs) if cell is layer else None, with_kwargs=True
         )
     else:
-        first = layer.register_forward_pre_hook(lambda cell, args: prepare(args, {})[0] if cell is layer else None)
-        last = layer.register_forward_hook(lambda cell, args, outputs: after(outputs) if cell is layer else None)
+        said = f"{layer.cls_name}({id(layer)})"  # which old versions give instead of the cell
+
+        def is_own(cell: Any) -> bool:
+            return cell is layer or (isinstance(cell, str) and cell == said)
+
+        first = layer.register_forward_pre_hook(lambda cell, args: prepare(args, {})[0] if is_own(cell) else None)
+        last = layer.register_forward_hook(lambda cell, args, outputs: after(outputs) if is_own(cell) else None)
 
     def remove() -> None:
         first.remove()
