@@ -134,13 +134,9 @@ class Layout:
             for tensor, parts in self.active(spec)
         }
 
-    def filled(self, spec: MHASpec) -> dict[str, Shape]:
+    def filled(self, spec: MHASpec) -> Mapping[str, Shape]:
         """The biases that the layout cannot be without and the spec does not have, and their shapes."""
-        shapes = spec.parameter_shapes()
-        wanted = [name for group in self.tied if shapes.keys() & set(group) for name in group]
-        wanted.extend(self.always)
-        rows = {name: shapes.get(name.replace("bias", "weight"), ())[:1] for name in wanted if name not in shapes}
-        return {name: shape for name, shape in rows.items() if shape}
+        return _filled(self.tied, self.always, spec)
 
     def _require(self, spec: MHASpec) -> None:
         if self.refused:
@@ -156,6 +152,15 @@ class Layout:
                         expected=f"{need.expected}, for the layout {self.name} ({self.title})",
                         advice=_others(spec, self.name),
                     )
+
+
+@functools.lru_cache(maxsize=_MOST_KNOWN)
+def _filled(tied: tuple[tuple[str, ...], ...], always: tuple[str, ...], spec: MHASpec) -> Mapping[str, Shape]:
+    shapes = spec.parameter_shapes()
+    wanted = [name for group in tied if shapes.keys() & set(group) for name in group]
+    wanted.extend(always)
+    rows = {name: shapes.get(name.replace("bias", "weight"), ())[:1] for name in wanted if name not in shapes}
+    return types.MappingProxyType({name: shape for name, shape in rows.items() if shape})
 
 
 def names() -> tuple[str, ...]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import codecs
 import dataclasses
+import functools
 import struct
 import sys
 from collections.abc import Callable, Sequence
@@ -71,9 +72,9 @@ def load(stream: ByteStream) -> Loaded:
     """
     machine = _Machine(stream)
     start = stream.position
-    allowed = most_operations(stream.left)
+    allowed, take = most_operations(stream.left), stream.take
     for count in range(allowed):
-        code = stream.take(1)
+        code = take(1)
         if code == b".":
             return Loaded(machine.result(start), tuple(machine.names), tuple(machine.ids), count)
         step = _STEPS.get(code)
@@ -101,6 +102,9 @@ def most_operations(size: int) -> int:
     return min(max(ALWAYS_ALLOWED, size // _BYTES_EACH), MAX_OPCODES)
 
 
+_compiled = functools.cache(struct.Struct)
+
+
 class _Machine:
     """The stack, the marks and the memo. Its methods are the operations; operands that are missing raise IndexError."""
 
@@ -125,7 +129,8 @@ class _Machine:
     # ---- reading operands
 
     def number(self, form: str) -> Any:
-        return struct.unpack(form, self.stream.take(struct.calcsize(form)))[0]
+        kind = _compiled(form)
+        return kind.unpack(self.stream.take(kind.size))[0]
 
     def line(self) -> bytes:
         return self.stream.line(MAX_LINE)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping
 
 from mhabridge import mapping, packing
@@ -98,15 +97,10 @@ def _fill(
         for origin, shape in zip(origins, shapes, strict=True)
     ]
     draft.fill(sources, views.packed(draft.file, name, tensor.steps, made), rule)
-
-    @functools.lru_cache(maxsize=1)
-    def split(stored: StoredTensor) -> list[StoredTensor]:
-        return views.split(stored, tensor.steps, shapes)
-
     for number, origin in enumerate(origins):
 
         def view_of(stored: StoredTensor, number: int = number) -> StoredTensor:
-            return split(stored)[number]
+            return views.part_of(stored, tensor.steps, shapes, number)
 
         draft.checks.append(Check(name, view_of, origin))
 

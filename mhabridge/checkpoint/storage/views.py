@@ -7,6 +7,7 @@ tensor that holds it: a start and strides. A target's tensor is again such views
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping, Sequence
 
@@ -40,26 +41,43 @@ def parts_of(layout: Layout, spec: MHASpec, named: Mapping[str, StoredTensor]) -
     return found
 
 
-def split(tensor: StoredTensor, steps: Sequence[str], shapes: list[tuple[int, ...]]) -> list[View]:
-    """The parts of a packed tensor: the inverse steps are applied to an array that is only addressed, never read."""
-    if tensor.strides is None:
-        memory = np.empty(max(tensor.size, 1), np.uint8)
-        array = memory[: tensor.size].reshape(tensor.shape)
+def split(tensor: StoredTensor, steps: Sequence[str], shapes: Sequence[tuple[int, ...]]) -> list[View]:
+    """The parts of a packed tensor."""
+    return [part_of(tensor, steps, shapes, number) for number in range(len(shapes))]
+
+
+def part_of(tensor: StoredTensor, steps: Sequence[str], shapes: Sequence[tuple[int, ...]], number: int) -> View:
+    """One of the parts of a packed tensor, by its number."""
+    shape, start, strides = _divided(tensor.shape, tensor.strides, tuple(steps), tuple(shapes))[number]
+    return tensor.part(shape, tensor.start + start, strides)
+
+
+@functools.lru_cache(maxsize=1024)
+def _divided(
+    shape: tuple[int, ...],
+    strides: tuple[int, ...] | None,
+    steps: tuple[str, ...],
+    shapes: tuple[tuple[int, ...], ...],
+) -> list[tuple[tuple[int, ...], int, tuple[int, ...] | None]]:
+    """Shape, start and strides of each part: the inverse steps are applied to an array that is only addressed, never
+    read.
+    """
+    if strides is None:
+        size = math.prod(shape)
+        memory = np.empty(max(size, 1), np.uint8)
+        array = memory[:size].reshape(shape)
     else:
-        span = 1 + sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.strides, strict=True))
+        span = 1 + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True))
         memory = np.empty(max(span, 1), np.uint8)
-        array = np.lib.stride_tricks.as_strided(memory, tensor.shape, tensor.strides)
-    return [_view(tensor, memory, part) for part in rearrange.unpack(steps, array, shapes)]
+        array = np.lib.stride_tricks.as_strided(memory, shape, strides)
+    return [_place(memory, part) for part in rearrange.unpack(steps, array, shapes)]
 
 
-def _view(tensor: StoredTensor, memory: np.ndarray, part: np.ndarray) -> View:
+def _place(memory: np.ndarray, part: np.ndarray) -> tuple[tuple[int, ...], int, tuple[int, ...] | None]:
     start = part.__array_interface__["data"][0] - memory.__array_interface__["data"][0]
     inside = 0 <= start <= memory.size
     assert inside or not part.size, "a step copied the array"
-    strides = None if part.flags.c_contiguous else part.strides
-    return dataclasses.replace(
-        tensor, shape=part.shape, start=tensor.start + (start if part.size else 0), strides=strides
-    )
+    return part.shape, start if part.size else 0, None if part.flags.c_contiguous else part.strides
 
 
 def zeros(name: str, dtype: str, shape: tuple[int, ...]) -> Outgoing:
