@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -9,6 +11,7 @@ from hypothesis import strategies as st
 
 from mhabridge.checkpoint.reading import open_checkpoint
 from mhabridge.checkpoint.storage.memory import Scratch, from_a_page_on, same
+from mhabridge.checkpoint.storage.stored import Extent, StoredTensor
 
 
 @given(st.binary(max_size=40), st.binary(max_size=40))
@@ -46,3 +49,9 @@ def test_what_is_read_starts_with_a_page(tmp_path) -> None:
     scratch = Scratch()
     assert [place_in_page(scratch.take(size)) for size in (1 << 16, 1 << 20, 1 << 17)] == [0, 0, 0]
     assert from_a_page_on(1 << 20).flags.writeable
+
+
+def test_a_part_is_the_same_tensor_but_for_its_view() -> None:
+    kept = {"big_endian": True, "checksum": (1, 2), "unreadable": ("given", "advice")}
+    whole = StoredTensor("a", "float32", (4, 4), (Extent(0, 64, 64),), "s", 3, (1, 4), **kept)
+    assert whole.part((2,), 5, None) == dataclasses.replace(whole, shape=(2,), start=5, strides=None)

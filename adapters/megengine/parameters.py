@@ -23,18 +23,20 @@ from mhabridge.weights import MHAWeights
 def spec_of(layer: Any) -> MHASpec:
     """What a native module or a drop-in is."""
     own = not isinstance(layer, megengine.module.MultiHeadAttention)
+    beyond = layer.beyond if own else {"out_dropout": layer.out_dropout}
     return remembered_spec(
-        embed_dim=layer.embed_dim,
-        num_heads=layer.num_heads,
-        kdim=layer.kdim,
-        vdim=layer.vdim,
-        dropout=layer.dropout if own else layer.attn_dropout,
-        bias=layer.bias,
-        add_bias_kv=layer.add_bias_kv,
-        add_zero_attn=layer.add_zero_attn,
-        batch_first=layer.batch_first if own else True,
-        dtype=np.dtype(layer.io_weight_bias.dtype).name,
-        **(layer.beyond if own else {"out_dropout": layer.out_dropout}),
+        layer.embed_dim,
+        layer.num_heads,
+        layer.kdim,
+        layer.vdim,
+        layer.dropout if own else layer.attn_dropout,
+        layer.bias,
+        layer.bias,
+        layer.add_bias_kv,
+        layer.add_zero_attn,
+        layer.batch_first if own else True,
+        np.dtype(layer.io_weight_bias.dtype).name,
+        tuple(beyond.items()),
     )
 
 

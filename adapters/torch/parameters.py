@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import numpy as np
@@ -10,6 +9,7 @@ import torch
 
 from mhabridge.dropin import plain, require_separate
 from mhabridge.errors import UnsupportedError, WeightsError
+from mhabridge.live import remembered_spec, spec_of_values
 from mhabridge.spec import MHASpec
 from mhabridge.weights import MHAWeights
 
@@ -54,7 +54,7 @@ def spec_of(layer: torch.nn.MultiheadAttention) -> MHASpec:
     in_bias, out_bias, dtype = _told(layer)
     # torch.compile warns about a cache and goes round it; and where a float is symbolic, no spec can be made.
     beyond = own.get("beyond")
-    return (_spec if compiling() else _remembered_spec)(
+    return (spec_of_values if compiling() else remembered_spec)(
         layer.embed_dim,
         layer.num_heads,
         layer.kdim,
@@ -79,40 +79,6 @@ def _told(layer: torch.nn.MultiheadAttention) -> tuple[Any, Any, Any]:
         except KeyError:  # parametrized ones are made when they are asked for
             pass
     return layer.in_proj_bias, layer.out_proj.bias, layer.out_proj.weight.dtype
-
-
-def _spec(
-    embed_dim: int,
-    num_heads: int,
-    kdim: int | None,
-    vdim: int | None,
-    dropout: float,
-    bias: bool,
-    out_bias: bool,
-    add_bias_kv: bool,
-    add_zero_attn: bool,
-    batch_first: bool,
-    dtype: Any,
-    beyond: tuple[tuple[str, Any], ...],
-) -> MHASpec:
-    return MHASpec(
-        embed_dim,
-        num_heads,
-        kdim,
-        vdim,
-        dropout,
-        bias,
-        out_bias=out_bias,
-        add_bias_kv=add_bias_kv,
-        add_zero_attn=add_zero_attn,
-        batch_first=batch_first,
-        dtype=dtype,
-        **dict(beyond),
-    )
-
-
-# By position: to look up a dozen names takes longer than all the rest.
-_remembered_spec = functools.lru_cache(maxsize=1024, typed=True)(_spec)
 
 
 def _is_as_made(layer: torch.nn.MultiheadAttention) -> bool:
