@@ -14,9 +14,12 @@ FEWEST, MOST = 41, 300  # rounds: of fewer long calls the median moves by more t
 
 
 def stay_on_one_processor():
-    """On two a call of MindSpore's own cell takes 15 % more or less than the one before, on one 6 %."""
+    """On two a call of MindSpore's own cell takes 15 % more or less than the one before, on one 6 %.
+
+    The last one, as the first has more interrupts to serve.
+    """
     if hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+        os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
 
 
 class Torch:
