@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from mhabridge.checkpoint.formats import megengine, torch_legacy, torch_zip
 from mhabridge.checkpoint.pickled import emitting, pickles
 from mhabridge.checkpoint.pickled.inert import Made, Name, Persistent, Slice, Table
-from mhabridge.checkpoint.storage.streams import ByteStream
+from mhabridge.checkpoint.storage.streams import BLOCK, ByteStream
 from mhabridge.errors import CheckpointError
 from tests.checkpoint_files import GOLDEN, array_of, assert_holds, assert_same, outgoing, written
 from tests.golden import expected
@@ -75,6 +75,22 @@ VALUES = st.recursive(
 def test_plain_data_is_what_pickle_wrote(path, value, protocol):
     data = pickle.dumps(value, protocol)
     assert plain(load(data, path).root, data) == value
+
+
+@pytest.mark.parametrize("shift", range(10))
+def test_an_operation_may_lie_across_what_is_read_at_a_time(path, shift):
+    """Each of its bytes is once the first of a block."""
+    value = ["x" * shift, *([n, 2**30 + n, 1.5 * n, f"name {n}"] for n in range(BLOCK // 10))]
+    for protocol in (2, 4):
+        data = pickle.dumps(value, protocol)
+        assert len(data) > 2 * BLOCK
+        assert plain(load(data, path).root, data) == value
+
+
+def test_an_operation_that_is_cut_off_says_where(path):
+    for data, where, more in ((b"", 0, 1), (b"\x80", 0, 2), (b"\x80\x02J\1\2", 2, 5), (b"\x80\x02K\1", 4, 1)):
+        with pytest.raises(CheckpointError, match=f"bytes after offset {where}; expected {more} more"):
+            load(data, path)
 
 
 @pytest.mark.parametrize("protocol", [4, 5])

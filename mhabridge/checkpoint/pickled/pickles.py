@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import codecs
 import dataclasses
-import functools
 import struct
 import sys
 from collections.abc import Callable, Sequence
@@ -72,17 +71,27 @@ def load(stream: ByteStream) -> Loaded:
     """
     machine = _Machine(stream)
     start = stream.position
-    allowed, take = most_operations(stream.left), stream.take
+    allowed, steps = most_operations(stream.left), _STEPS
     for count in range(allowed):
-        code = take(1)
-        if code == b".":
-            return Loaded(machine.result(start), tuple(machine.names), tuple(machine.ids), count)
-        step = _STEPS.get(code)
-        if step is None:
-            raise machine.damaged(f"the byte {code!r} where an operation of a pickle belongs")
+        at, buffer = stream.at, stream.buffer
+        if at + _LONGEST_OPERATION > len(buffer):
+            stream.look_ahead(_LONGEST_OPERATION)
+            at, buffer = stream.at, stream.buffer
+        code = buffer[at : at + 1]
+        operation = steps.get(code)
+        if operation is None:
+            return _ended(machine, code, start, count)
+        step, unpack, size = operation
+        stream.at = at + size
         try:
-            step(machine)
-        except (IndexError, KeyError, ValueError, TypeError, struct.error) as error:
+            if unpack is None:
+                step(machine)
+            else:
+                step(machine, unpack(buffer, at + 1)[0])
+        except struct.error:
+            stream.at = at
+            raise stream.cut_off(size) from None
+        except (IndexError, KeyError, ValueError, TypeError) as error:
             raise machine.damaged(f"an operation {code!r} that does not fit ({error})") from error
     raise CheckpointError(
         str(stream.path),
@@ -90,6 +99,20 @@ def load(stream: ByteStream) -> Loaded:
         expected="a checkpoint's",
         advice="Save the state dict alone, as a safetensors file for instance.",
     )
+
+
+def _ended(machine: _Machine, code: bytes, start: int, count: int) -> Loaded:
+    """What a pickle holds that ends with this byte.
+
+    Raises:
+        CheckpointError: no pickle ends so.
+    """
+    if not code:
+        raise machine.stream.cut_off(1)
+    if code != b".":
+        raise machine.damaged(f"the byte {code!r} where an operation of a pickle belongs")
+    machine.stream.skip(1)
+    return Loaded(machine.result(start), tuple(machine.names), tuple(machine.ids), count)
 
 
 def most_operations(size: int) -> int:
@@ -100,9 +123,6 @@ def most_operations(size: int) -> int:
         (2000000, 3000000, 10000000)
     """
     return min(max(ALWAYS_ALLOWED, size // _BYTES_EACH), MAX_OPCODES)
-
-
-_compiled = functools.cache(struct.Struct)
 
 
 class _Machine:
@@ -128,10 +148,6 @@ class _Machine:
 
     # ---- reading operands
 
-    def number(self, form: str) -> Any:
-        kind = _compiled(form)
-        return kind.unpack(self.stream.take(kind.size))[0]
-
     def line(self) -> bytes:
         return self.stream.line(MAX_LINE)
 
@@ -143,8 +159,7 @@ class _Machine:
             raise ValueError(f"more than {MAX_TEXTS} bytes of text")
         return self.stream.read_at(offset, length).decode(encoding)
 
-    def text(self, form: str) -> None:
-        length = self.number(form)
+    def text(self, length: int) -> None:
         if length > LONG_TEXT:
             self.stack.append(Slice(self.stream.skip(length), length, "utf-8"))
             return
@@ -154,13 +169,11 @@ class _Machine:
         text = self.stream.take(length).decode("utf-8")
         self.stack.append(sys.intern(text) if text in _FREQUENT else text)
 
-    def payload(self, form: str) -> None:
-        length = self.number(form)
+    def payload(self, length: int) -> None:
         self.stack.append(Slice(self.stream.skip(length), length))
 
-    def old_string(self, form: str) -> None:
+    def old_string(self, length: int) -> None:
         """A string of Python 2: a name as a rule, but an array's bytes too."""
-        length = self.number(form)
         offset = self.stream.skip(length)
         try:
             self.stack.append(self.text_at(offset, length, "utf-8") if length <= MAX_LINE else Slice(offset, length))
@@ -184,22 +197,23 @@ class _Machine:
     def float_line(self) -> None:
         self.stack.append(float(self.line()))
 
-    def long(self, form: str) -> None:
-        length = self.number(form)
+    def long(self, length: int) -> None:
         if not 0 <= length <= MAX_INTEGER:
             raise ValueError(f"an integer of {length} bytes")
         self.stack.append(int.from_bytes(self.stream.take(length), "little", signed=True))
 
-    def protocol(self) -> None:
-        if self.number("<B") > 5:
+    def protocol(self, version: int) -> None:
+        if version > 5:
             raise ValueError("an unknown protocol")
 
-    def frame(self) -> None:
-        length = self.number("<Q")
+    def frame(self, length: int) -> None:
         if length > self.stream.left:
             raise ValueError(f"a frame of {length} bytes in {self.stream.left}")
 
     # ---- the stack and the memo
+
+    def push(self, value: Node) -> None:
+        self.stack.append(value)
 
     def mark(self) -> None:
         self.outer.append(self.stack)
@@ -321,24 +335,11 @@ def _paired(flat: list[Node]) -> list[tuple[Node, Node]]:
     return list(zip(flat[::2], flat[1::2], strict=True))
 
 
-_Step = Callable[[_Machine], None]
 _SET, _FROZENSET = Name("builtins", "set"), Name("builtins", "frozenset")
 
 
-def _push(make: Callable[[], Node]) -> _Step:
+def _push(make: Callable[[], Node]) -> Callable[[_Machine], None]:
     return lambda machine: machine.stack.append(make())
-
-
-def _operand(method: Callable[[_Machine, str], None], form: str) -> _Step:
-    return lambda machine: method(machine, form)
-
-
-def _number(form: str) -> _Step:
-    return lambda machine: machine.stack.append(machine.number(form))
-
-
-def _memo(method: Callable[[_Machine, int], None], form: str) -> _Step:
-    return lambda machine: method(machine, machine.number(form))
 
 
 def _two(machine: _Machine) -> list[Node]:
@@ -346,7 +347,8 @@ def _two(machine: _Machine) -> list[Node]:
     return [key, value]
 
 
-_STEPS: dict[bytes, _Step] = {
+# What each operation does, and the number that follows its byte, as ``struct`` has it.
+_OPERATIONS: dict[bytes, Callable[[_Machine], None] | tuple[Callable[[_Machine, Any], None], str]] = {
     b"N": _push(lambda: None),
     b"\x88": _push(lambda: True),
     b"\x89": _push(lambda: False),
@@ -354,39 +356,39 @@ _STEPS: dict[bytes, _Step] = {
     b"]": _push(list),
     b"}": _push(Table),
     b"\x8f": _push(lambda: Made(_SET)),
-    b"J": _number("<i"),
-    b"K": _number("<B"),
-    b"M": _number("<H"),
-    b"G": _number(">d"),
+    b"J": (_Machine.push, "<i"),
+    b"K": (_Machine.push, "<B"),
+    b"M": (_Machine.push, "<H"),
+    b"G": (_Machine.push, ">d"),
     b"I": _Machine.integer_line,
     b"L": _Machine.integer_line,
     b"F": _Machine.float_line,
-    b"\x8a": _operand(_Machine.long, "<B"),
-    b"\x8b": _operand(_Machine.long, "<i"),
+    b"\x8a": (_Machine.long, "<B"),
+    b"\x8b": (_Machine.long, "<i"),
     b"S": _Machine.quoted_string,
-    b"T": _operand(_Machine.old_string, "<i"),
-    b"U": _operand(_Machine.old_string, "<B"),
+    b"T": (_Machine.old_string, "<i"),
+    b"U": (_Machine.old_string, "<B"),
     b"V": _Machine.escaped_text,
-    b"X": _operand(_Machine.text, "<I"),
-    b"\x8c": _operand(_Machine.text, "<B"),
-    b"\x8d": _operand(_Machine.text, "<Q"),
-    b"B": _operand(_Machine.payload, "<I"),
-    b"C": _operand(_Machine.payload, "<B"),
-    b"\x8e": _operand(_Machine.payload, "<Q"),
-    b"\x96": _operand(_Machine.payload, "<Q"),
-    b"\x80": _Machine.protocol,
-    b"\x95": _Machine.frame,
+    b"X": (_Machine.text, "<I"),
+    b"\x8c": (_Machine.text, "<B"),
+    b"\x8d": (_Machine.text, "<Q"),
+    b"B": (_Machine.payload, "<I"),
+    b"C": (_Machine.payload, "<B"),
+    b"\x8e": (_Machine.payload, "<Q"),
+    b"\x96": (_Machine.payload, "<Q"),
+    b"\x80": (_Machine.protocol, "<B"),
+    b"\x95": (_Machine.frame, "<Q"),
     b"(": _Machine.mark,
     b"0": _Machine.pop,
     b"1": _Machine.drop_marked,
     b"2": _Machine.duplicate,
     b"p": lambda machine: machine.put(int(machine.line())),
-    b"q": _memo(_Machine.put, "<B"),
-    b"r": _memo(_Machine.put, "<I"),
+    b"q": (_Machine.put, "<B"),
+    b"r": (_Machine.put, "<I"),
     b"\x94": lambda machine: machine.put(len(machine.memo)),
     b"g": lambda machine: machine.get(int(machine.line())),
-    b"h": _memo(_Machine.get, "<B"),
-    b"j": _memo(_Machine.get, "<I"),
+    b"h": (_Machine.get, "<B"),
+    b"j": (_Machine.get, "<I"),
     b"c": _Machine.name,
     b"\x93": _Machine.stacked_name,
     b"R": _Machine.call,
@@ -410,3 +412,18 @@ _STEPS: dict[bytes, _Step] = {
     b"Q": lambda machine: machine.refer(machine.stack.pop()),
     b"P": lambda machine: machine.refer(machine.line().decode("utf-8")),
 }
+
+
+def _compiled(
+    given: Callable[[_Machine], None] | tuple[Callable[[_Machine, Any], None], str],
+) -> tuple[Callable[..., None], Callable[[bytes, int], tuple[Any, ...]] | None, int]:
+    """What to call, what reads the number that it is called with, and how many bytes the operation has so far."""
+    if not isinstance(given, tuple):
+        return given, None, 1
+    step, form = given
+    kind = struct.Struct(form)
+    return step, kind.unpack_from, 1 + kind.size
+
+
+_STEPS = {code: _compiled(given) for code, given in _OPERATIONS.items()}
+_LONGEST_OPERATION = max(size for _, _, size in _STEPS.values())

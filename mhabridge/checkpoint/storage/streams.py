@@ -23,17 +23,22 @@ class ByteStream:
         path: for messages.
         start: the first byte's offset in the file.
         end: one past the last byte's; None for the file's own end.
+
+    Attributes:
+        buffer: the bytes that are in memory; ``look_ahead`` brings them there.
+        at: the place of the next byte in the buffer, for who reads so many small values that calls count: they may
+            read up to the buffer's end, and move it on.
     """
 
     def __init__(self, descriptor: int, path: Path, start: int = 0, end: int | None = None) -> None:
         self.descriptor, self.path = descriptor, path
         self.end = os.fstat(descriptor).st_size if end is None else end
-        self._buffer, self._at, self._base = b"", 0, start
+        self.buffer, self.at, self._base = b"", 0, start
 
     @property
     def position(self) -> int:
         """The offset in the file of the next byte."""
-        return self._base + self._at
+        return self._base + self.at
 
     @property
     def left(self) -> int:
@@ -46,13 +51,18 @@ class ByteStream:
         Raises:
             CheckpointError: there are not so many.
         """
-        stop = self._at + count
-        if stop > len(self._buffer):
+        stop = self.at + count
+        if stop > len(self.buffer):
             self._fill(count)
             stop = count
-        found = self._buffer[self._at : stop]
-        self._at = stop
+        found = self.buffer[self.at : stop]
+        self.at = stop
         return found
+
+    def look_ahead(self, count: int) -> None:
+        """Have the next bytes in the buffer: so many, or as many as there are."""
+        if len(self.buffer) - self.at < count and self._base + len(self.buffer) < self.end:
+            self._fill(min(count, self.left))
 
     def skip(self, count: int) -> int:
         """Goes past the next bytes without reading them.
@@ -66,10 +76,10 @@ class ByteStream:
         start = self.position
         if count < 0 or count > self.left:
             raise self.cut_off(count)
-        if self._at + count <= len(self._buffer):
-            self._at += count
+        if self.at + count <= len(self.buffer):
+            self.at += count
         else:
-            self._buffer, self._at, self._base = b"", 0, start + count
+            self.buffer, self.at, self._base = b"", 0, start + count
         return start
 
     def line(self, limit: int) -> bytes:
@@ -79,10 +89,10 @@ class ByteStream:
             CheckpointError: no newline follows.
             ValueError: the line is longer than the limit.
         """
-        newline = self._buffer.find(b"\n", self._at, self._at + limit + 1)
+        newline = self.buffer.find(b"\n", self.at, self.at + limit + 1)
         if newline >= 0:
-            found = self._buffer[self._at : newline]
-            self._at = newline + 1
+            found = self.buffer[self.at : newline]
+            self.at = newline + 1
             return found
         offset, length = self.skip_line()
         if length > limit:
@@ -100,23 +110,22 @@ class ByteStream:
         """
         start = self.position
         while True:
-            newline = self._buffer.find(b"\n", self._at)
+            newline = self.buffer.find(b"\n", self.at)
             if newline >= 0:
-                self._at = newline + 1
+                self.at = newline + 1
                 return start, self._base + newline - start
-            self.skip(len(self._buffer) - self._at)
+            self.skip(len(self.buffer) - self.at)
             self._fill(1)
 
     def read_at(self, offset: int, length: int) -> bytes:
         """Bytes anywhere in the file; the stream stays where it is."""
-        pieces = []
-        while length:
-            piece = os.pread(self.descriptor, length, offset)
-            if not piece:
-                raise self.cut_off(length)
-            pieces.append(piece)
-            offset, length = offset + len(piece), length - len(piece)
-        return b"".join(pieces)
+        found = os.pread(self.descriptor, length, offset)
+        while len(found) < length:
+            more = os.pread(self.descriptor, length - len(found), offset + len(found))
+            if not more:
+                raise self.cut_off(length - len(found))
+            found += more
+        return found
 
     def cut_off(self, wanted: int) -> CheckpointError:
         """The error for a file that ends too early."""
@@ -133,4 +142,4 @@ class ByteStream:
             raise self.cut_off(count)
         position = self.position
         buffer = self.read_at(position, min(max(count, BLOCK), self.left))
-        self._buffer, self._at, self._base = buffer, 0, position
+        self.buffer, self.at, self._base = buffer, 0, position
