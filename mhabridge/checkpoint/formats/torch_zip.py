@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,7 +20,7 @@ from mhabridge.checkpoint.pickled.torch_tensors import Storage
 from mhabridge.checkpoint.pickled.values import Interpreter
 from mhabridge.checkpoint.storage import checking
 from mhabridge.checkpoint.storage.crc import crc32
-from mhabridge.checkpoint.storage.stored import CHUNK, ITEM_SIZES, Extent, StoredFile, StoredTensor
+from mhabridge.checkpoint.storage.stored import CHUNK, ITEM_SIZES, Extent, StoredFile
 from mhabridge.checkpoint.storage.streams import ByteStream
 from mhabridge.errors import CheckpointError
 
@@ -76,9 +75,15 @@ def read(path: str | os.PathLike[str], nested: Sequence[str] | None = None, veri
         loaded = records.pickle()
         interpreter = Interpreter(path, descriptor, spill, records.storage)
         found = nesting.find(interpreter, loaded, nested)
-        tensors = [records.finished(tensor) for tensor in found.tensors]
         return StoredFile(
-            path, NAME, tensors, tuple(found.objects), found.metadata, found.nested, spill.files, tuple(found.notes)
+            path,
+            NAME,
+            found.tensors,
+            tuple(found.objects),
+            found.metadata,
+            found.nested,
+            spill.files,
+            tuple(found.notes),
         )
 
 
@@ -89,8 +94,7 @@ class _Records:
         self._descriptor, self._path = descriptor, path
         self._archive = Archive(descriptor, path)
         self._folder = self._find_folder()
-        self._storages: dict[str, Storage] = {}
-        self._checksums: dict[Extent, int] = {}
+        self._contents: dict[str, tuple[Extent, int]] = {}  # of storages by their keys: where they lie, and the CRC-32
         self._big_endian = self._small("byteorder", b"little") == b"big"
 
     def pickle(self) -> pickles.Loaded:
@@ -116,23 +120,15 @@ class _Records:
             return named
         if named.view is not None:
             return "a part of a storage, which archives do not have"
-        found = self._storages.get(named.key)
-        if found is None:
+        if named.key not in self._contents:
             member = self._member(f"data/{named.key}")
-            extent = Extent(0, self._archive.content(member), member.size)
-            self._checksums[extent] = member.crc
-            found = self._storages[named.key] = Storage(named.key, named.dtype, named.numel, extent)
+            self._contents[named.key] = Extent(0, self._archive.content(member), member.size), member.crc
+        extent, crc = self._contents[named.key]
         nbytes = named.numel * (ITEM_SIZES[named.dtype] or 0)
-        if found.extent.length != nbytes:
-            return f"a storage of {found.extent.length} bytes that should have {nbytes}"
-        return Storage(named.key, named.dtype, named.numel, found.extent)
-
-    def finished(self, tensor: StoredTensor) -> StoredTensor:
-        """The tensor with the archive's byte order and its storage's checksum; arrays of NumPy have their own."""
-        if tensor.extents[0] not in self._checksums:
-            return tensor
-        crc = self._checksums[tensor.extents[0]]
-        return dataclasses.replace(tensor, big_endian=self._big_endian, checksum=(0, crc) if crc else None)
+        if extent.length != nbytes:
+            return f"a storage of {extent.length} bytes that should have {nbytes}"
+        checksum = (0, crc) if crc else None
+        return Storage(named.key, named.dtype, named.numel, extent, self._big_endian, checksum)
 
     def _find_folder(self) -> str:
         names = self._archive.members

@@ -40,7 +40,6 @@ class Member:
         packed: its bytes in the archive.
         size: its bytes when unpacked.
         header: where its local header starts.
-        limit: where the next member, or the central directory, starts.
     """
 
     name: str
@@ -50,7 +49,6 @@ class Member:
     packed: int
     size: int
     header: int
-    limit: int
 
 
 class Archive:
@@ -71,6 +69,7 @@ class Archive:
         if size > MAX_DIRECTORY:
             raise self.damaged(f"an archive whose index takes {size} bytes")
         self.members = self._members(count, start, size)
+        self._ends = self._found_ends(start)
 
     def damaged(self, given: str, advice: str = DAMAGED) -> CheckpointError:
         """An error about the archive."""
@@ -84,11 +83,11 @@ class Archive:
         """
         name = member.name.encode()
         head = self._stream.read_at(member.header, LOCAL.size + len(name))
-        magic, *_, name_length, extra_length = LOCAL.unpack(head[: LOCAL.size])
+        magic, *_, name_length, extra_length = LOCAL.unpack_from(head)
         if magic != LOCAL_MAGIC or name_length != len(name) or head[LOCAL.size :] != name:
             raise self.damaged(f"no header of {member.name!r} at byte {member.header}")
         start: int = member.header + LOCAL.size + name_length + extra_length
-        if start + member.packed > member.limit:
+        if start + member.packed > self._ends[member.header]:
             raise self.damaged(f"{member.name!r} running into what follows it")
         return start
 
@@ -125,13 +124,13 @@ class Archive:
         for _ in range(count):
             if len(directory) - at < CENTRAL.size:
                 raise self.damaged(f"an index of {len(found)} members instead of {count}")
-            member, at = self._member(directory, at, start)
+            member, at = self._member(directory, at)
             if member.name in found:
                 raise self.damaged(f"two members of the name {member.name!r}", "One would hide the other.")
             found[member.name] = member
-        return self._limited(found, start)
+        return found
 
-    def _member(self, directory: bytes, at: int, limit: int) -> tuple[Member, int]:
+    def _member(self, directory: bytes, at: int) -> tuple[Member, int]:
         magic, _, _, flags, method, _, _, crc, packed, size, name_length, extra_length, comment, _, _, _, header = (
             CENTRAL.unpack_from(directory, at)
         )
@@ -147,7 +146,7 @@ class Archive:
         size, packed, header = self._long(name, extra, size, packed, header)
         if method == STORED and size != packed:
             raise self.damaged(f"{name!r} with {packed} bytes stored as {size}")
-        return Member(name, method, bool(flags & 1), crc, packed, size, header, limit), end
+        return Member(name, method, bool(flags & 1), crc, packed, size, header), end
 
     def _long(self, name: str, extra: bytes, *fields: int) -> list[int]:
         """The fields, with the 64-bit ones of the extra field in place of those that do not fit in 32 bits."""
@@ -164,12 +163,11 @@ class Archive:
             raise self.damaged(f"{name!r} with sizes beyond any file")
         return found
 
-    def _limited(self, found: dict[str, Member], end: int) -> dict[str, Member]:
-        """The members, each with the place where the next one starts; they must not overlap."""
-        ordered = sorted(found.values(), key=lambda member: member.header)
+    def _found_ends(self, end: int) -> dict[int, int]:
+        """Where what follows a member starts, by where that one starts; they must not overlap."""
+        ordered = sorted(self.members.values(), key=lambda member: member.header)
         following = [member.header for member in ordered[1:]] + [end] * min(len(ordered), 1)
         for member, limit in zip(ordered, following, strict=True):
             if member.header + LOCAL.size + len(member.name.encode()) + member.packed > limit:
                 raise self.damaged(f"{member.name!r} running into what follows it")
-            found[member.name] = dataclasses.replace(member, limit=limit)
-        return found
+        return {member.header: limit for member, limit in zip(ordered, following, strict=True)}

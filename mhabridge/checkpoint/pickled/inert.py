@@ -7,6 +7,7 @@ slow or crash, and bytes are ``Slice``s of the file, since they may be gigabytes
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -31,14 +32,20 @@ class Name:
     @property
     def known_as(self) -> str:
         """The name as Python 3 and NumPy 1 spell it."""
-        module = _NEW_MODULES.get(self.module, self.module)
-        if module == "numpy._core" or module.startswith("numpy._core."):
-            module = "numpy.core" + module[len("numpy._core") :]
-        return f"{module}.{self.name}"
+        return _known_as(self.module, self.name)
 
 
 # Python 2's module names, which protocols 0 to 2 still use.
 _NEW_MODULES = {"__builtin__": "builtins", "copy_reg": "copyreg"}
+
+
+@functools.lru_cache(maxsize=1024)
+def _known_as(module: str, name: str) -> str:
+    """Each tensor asks a few times for the same few names."""
+    module = _NEW_MODULES.get(module, module)
+    if module == "numpy._core" or module.startswith("numpy._core."):
+        module = "numpy.core" + module[len("numpy._core") :]
+    return f"{module}.{name}"
 
 
 @dataclasses.dataclass(eq=False, repr=False, slots=True)

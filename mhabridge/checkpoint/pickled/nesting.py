@@ -198,7 +198,7 @@ def _is_branch(node: Node) -> bool:
 
 
 def _named(interpreter: Interpreter, node: Made, name: str) -> StoredTensor:
-    return dataclasses.replace(interpreter.tensor(node, name), name=name)
+    return interpreter.tensor(node, name).named(name)
 
 
 def _module_object(interpreter: Interpreter, found: Found, node: Made, where: str) -> StoredObject:
@@ -250,11 +250,10 @@ def _option(path: Sequence[str]) -> str:
 
 def _may_be_state(interpreter: Interpreter, key: str, node: Node) -> bool:
     interpreter.step()
-    if any(part in key.lower() for part in _NOT_MODELS):
+    module = is_module(node)
+    if not (module or is_dict(node)) or any(part in key.lower() for part in _NOT_MODELS):
         return False
-    if is_module(node):
-        return survey(interpreter, node).tensors > 0
-    if not is_dict(node) or "param_groups" in [name for name, _ in interpreter.entries(node, key) or []]:
+    if not module and "param_groups" in [name for name, _ in interpreter.entries(node, key) or []]:
         return False
     return survey(interpreter, node).tensors > 0
 

@@ -9,7 +9,6 @@ in files that are no zip.
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable
 
 from mhabridge.checkpoint.pickled.inert import Made, Name, Node, Persistent, Table
@@ -67,12 +66,16 @@ class Storage:
         dtype: a key of ``ITEM_SIZES``; uint8 for untyped ones.
         numel: how many elements of that dtype the pickle says that it has.
         extent: its bytes.
+        big_endian: their order.
+        checksum: of them, as ``StoredTensor`` has it.
     """
 
     key: str
     dtype: str
     numel: int
     extent: Extent
+    big_endian: bool = False
+    checksum: tuple[int, int] | None = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -125,8 +128,8 @@ def tensor(node: Made, storage_of: Callable[[Node], Storage | str]) -> StoredTen
     if len(shape) != len(strides):
         return f"{len(strides)} strides for {len(shape)} axes"
     steps = None if in_order(shape, strides) else strides
-    storage_name = f"storage {storage.key}"
-    return StoredTensor("", dtype, shape, (storage.extent,), storage_name, start, steps, unreadable=unreadable)
+    rest = (storage.big_endian, storage.checksum, unreadable)
+    return StoredTensor("", dtype, shape, (storage.extent,), f"storage {storage.key}", start, steps, *rest)
 
 
 def in_order(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
@@ -136,10 +139,12 @@ def in_order(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
         >>> in_order((2, 1, 3), (3, 99, 1)), in_order((2, 3), (1, 2))
         (True, False)
     """
-    return 0 in shape or all(
-        length == 1 or stride == math.prod(shape[axis + 1 :])
-        for axis, (length, stride) in enumerate(zip(shape, strides, strict=True))
-    )
+    step = 1
+    for length, stride in zip(shape[::-1], strides[::-1], strict=True):
+        if stride != step and length != 1:
+            return 0 in shape
+        step *= length
+    return True
 
 
 def _size(node: Node) -> Node:
@@ -153,7 +158,11 @@ def _dtype(node: Node) -> str:
 
 
 def _are_counts(nodes: Node) -> bool:
-    return isinstance(nodes, tuple) and all(type(node) is int and 0 <= node < 2**62 for node in nodes)
+    return isinstance(nodes, tuple) and all(map(_is_count, nodes))
+
+
+def _is_count(node: Node) -> bool:
+    return type(node) is int and 0 <= node < 2**62
 
 
 def _is_view(node: Node) -> bool:

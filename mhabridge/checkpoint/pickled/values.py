@@ -100,8 +100,11 @@ class Interpreter:
         """Whether a record stands for a tensor, perhaps one that ``tensor`` refuses."""
         if not isinstance(node, Made):
             return False
+        name = node.known_as
+        if name not in _ARRAYS:
+            return name in _TENSORS
         found = arrays.array_element(node)
-        return bool(found.dtype or "metadata" in found.text) if found else node.known_as in _TENSORS
+        return found is not None and bool(found.dtype or "metadata" in found.text)
 
     def tensor(self, node: Made, where: str) -> StoredTensor:
         """The tensor that a record stands for, without a name.

@@ -266,17 +266,20 @@ class StoredFile(Mapping[str, StoredTensor]):
         Returns:
             From its first element to its last, how many there are in the storage; 0 when it is not read.
         """
-        length = sum(extent.length for extent in tensor.extents)
-        strides = _c_strides(tensor.shape) if tensor.strides is None else tensor.strides
-        whole = all(isinstance(n, int) and n >= 0 for n in (*tensor.shape, *strides, tensor.start))
-        if whole and len(strides) == len(tensor.shape):
-            last = tensor.start + sum((n - 1) * stride for n, stride in zip(tensor.shape, strides, strict=True))
-            if tensor.size == 0 or tensor.unreadable is not None:
+        length = sum([extent.length for extent in tensor.extents])
+        shape, strides, item = tensor.shape, tensor.strides, tensor.item_size
+        whole = all(map(_is_count, (*shape, tensor.start)))
+        if whole and (strides is None or (len(strides) == len(shape) and all(map(_is_count, strides)))):
+            size = tensor.size
+            if size == 0 or tensor.unreadable is not None:
                 return 0
-            if (last + 1) * tensor.item_size <= length:
-                self._expanded += tensor.nbytes if tensor.nbytes > length else 0
-                if tensor.nbytes <= length or self._expanded <= _MOST_EXPANDED:
-                    return max(last + 1 - tensor.start, tensor.size)
+            span = size
+            if strides is not None:
+                span = 1 + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True))
+            if (tensor.start + span) * item <= length:
+                self._expanded += size * item if size * item > length else 0
+                if size * item <= length or self._expanded <= _MOST_EXPANDED:
+                    return max(span, size)
                 self._tensors[tensor.name] = dataclasses.replace(tensor, unreadable=_EXPANDED)
                 return 0
         raise CheckpointError(
@@ -332,6 +335,10 @@ def _divided(buffers: Sequence[memoryview], count: int) -> tuple[Sequence[memory
             return [*buffers[:number], buffer[:count]], after(buffers[number:], count)
         count -= len(buffer)
     return buffers, ()
+
+
+def _is_count(number: Any) -> bool:
+    return isinstance(number, int) and number >= 0
 
 
 def _c_strides(shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -68,6 +68,11 @@ class StoredTensor:
         """Bytes of the tensor in C order."""
         return self.size * self.item_size
 
+    def named(self, name: str) -> StoredTensor:
+        """The same tensor under a name."""
+        rest = (self.big_endian, self.checksum, self.unreadable)
+        return StoredTensor(name, self.dtype, self.shape, self.extents, self.storage, self.start, self.strides, *rest)
+
     def part(self, shape: tuple[int, ...], start: int, strides: tuple[int, ...] | None) -> StoredTensor:
         """A view of the same storage; a third of what ``dataclasses.replace`` takes."""
         rest = (self.big_endian, self.checksum, self.unreadable)
