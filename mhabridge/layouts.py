@@ -10,6 +10,7 @@ This module also runs inside workers (Python 3.8).
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
@@ -150,16 +151,26 @@ def prefixes(tensor_names: Iterable[str], refused: bool = False) -> list[str]:
     """
     present = list(tensor_names)
     every = set(present)
-    chosen = [layout for layout in packing.every() if bool(layout.refused) == refused]
-    groups = [_weight_names(layout, when) for layout in chosen for when in _cases(layout)]
+    groups = _groups(refused)
     found: dict[str, None] = {}
     for name in present:
-        for first, *others in groups:
+        for first, others in groups.get(name[name.rfind(".") + 1 :], ()):
             if name == first or name.endswith("." + first):
                 prefix = name[: -len(first)].rstrip(".")
                 if all(packing.join(prefix, other) in every for other in others):
                     found[prefix] = None
     return list(found)
+
+
+@functools.lru_cache(maxsize=None)
+def _groups(refused: bool) -> dict[str, list[tuple[str, list[str]]]]:
+    """The names of the weights of each layout, the first one apart, by that one's last part."""
+    found: dict[str, list[tuple[str, list[str]]]] = {}
+    for layout in packing.every():
+        for when in _cases(layout) if bool(layout.refused) == refused else ():
+            first, *others = _weight_names(layout, when)
+            found.setdefault(first[first.rfind(".") + 1 :], []).append((first, others))
+    return found
 
 
 # -- by names ----------------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -26,8 +27,7 @@ class Block:
         layout: the layout that they have.
         spec: the layer; num_heads is 1 when it is not known, which no shape depends on.
         heads_known: whether num_heads is known.
-        names: its tensors' full names.
-        views: each canonical parameter, as a view of them.
+        tensors: by their full names.
         notes: what was concluded.
     """
 
@@ -35,9 +35,18 @@ class Block:
     layout: str
     spec: MHASpec
     heads_known: bool
-    names: tuple[str, ...]
-    views: dict[str, View]
+    tensors: Mapping[str, StoredTensor]
     notes: tuple[str, ...] = ()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Its tensors' full names."""
+        return tuple(self.tensors)
+
+    @functools.cached_property
+    def views(self) -> dict[str, View]:
+        """Each canonical parameter, as a view of the tensors."""
+        return parts_of(packing.find(self.layout), self.spec, packing.below(self.prefix, self.tensors))
 
     def facts(self, layout: str) -> dict[str, Any]:
         """What is to travel with a file that has this layer in a layout."""
@@ -226,8 +235,10 @@ class _Finder:
             return self._configured(prefix, own, known, notes)
         block = self._block(prefix, own, known, heads, notes)
         misfit = self.config.misfit(prefix, block.spec.embed_dim)
-        beside = self.config.notes_beside(heads, misfit) if misfit or self.config.fault else []
-        return dataclasses.replace(block, notes=tuple(dict.fromkeys((*block.notes, *beside)))), None
+        if misfit or self.config.fault:
+            beside = self.config.notes_beside(heads, misfit)
+            block = dataclasses.replace(block, notes=tuple(dict.fromkeys((*block.notes, *beside))))
+        return block, None
 
     def _configured(
         self, prefix: str, own: Mapping[str, StoredTensor], known: dict[str, Any], notes: list[str]
@@ -249,8 +260,7 @@ class _Finder:
         layout, spec = self._read(prefix, own, known, heads, said)
         said += _doubts(layout, spec, prefix) if read and not self.config.content else []
         own = _of_layout(layout, prefix, own)
-        views = parts_of(packing.find(layout), spec, packing.below(prefix, own))
-        return Block(prefix, layout, spec, heads is not None, tuple(own), views, tuple(said))
+        return Block(prefix, layout, spec, heads is not None, own, tuple(dict.fromkeys(said)))
 
     def _read(
         self, prefix: str, own: Mapping[str, StoredTensor], known: dict[str, Any], heads: int | None, said: list[str]

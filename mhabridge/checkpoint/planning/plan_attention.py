@@ -24,11 +24,16 @@ def plan_attention(draft: Draft, block: Block, layout_name: str) -> None:
     """
     layout, start = packing.find(layout_name), packing.find(block.layout)
     _require_zeros(draft, block, start)
-    active, filled, holders = _active(layout, block), layout.filled(block.spec), _holders(block, start)
+    active, filled, whole = _active(layout, block), layout.filled(block.spec), _whole(block, start)
+    holders = {part: name for (_, parts), name in whole.items() for part in parts}
     rule = f"attention: {block.layout} -> {layout.name}"
     if start.tensors == layout.tensors and not filled.keys() ^ start.filled(block.spec).keys():
         rule = f"attention: {layout.name}, as it is"
     for tensor, parts in active:
+        same = whole.get((tensor.steps, tuple(parts)))
+        if same is not None and filled.keys().isdisjoint(parts):
+            draft.carry(same, packing.join(block.prefix, tensor.name), draft.tensors[same].shape, rule)
+            continue
         zeros = [part for part in parts if part in filled]
         more = f"; zeros for {', '.join(zeros)}, which it cannot be without" if zeros else ""
         sources = list(dict.fromkeys(holders[part] for part in parts if part in holders))
@@ -69,14 +74,11 @@ def _active(layout: Layout, block: Block) -> tuple[tuple[Tensor, Mapping[str, Sh
         raise UnsupportedError(said, given=error.given, expected=error.expected, advice=error.advice) from error
 
 
-def _holders(block: Block, start: Layout) -> dict[str, str]:
-    """The full name of the source's tensor that holds each parameter."""
-    return {
-        part: packing.join(block.prefix, tensor.name)
-        for tensor, parts in start.active(block.spec)
-        for part in parts
-        if packing.join(block.prefix, tensor.name) in block.names
-    }
+def _whole(block: Block, start: Layout) -> dict[tuple[tuple[str, ...], tuple[str, ...]], str]:
+    """The full names of the source's tensors, by how they are packed and the parameters that they hold."""
+    named = {(tensor.steps, tuple(parts)): tensor.name for tensor, parts in start.active(block.spec)}
+    full = {key: packing.join(block.prefix, name) for key, name in named.items()}
+    return {key: name for key, name in full.items() if name in block.tensors}
 
 
 def _fill(
