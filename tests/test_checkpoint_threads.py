@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import errno
+import functools
 import os
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -72,6 +74,32 @@ def test_the_bytes_of_a_part_lie_where_there_was_room(tmp_path: Path) -> None:
         wait.set()
     assert (tmp_path / "a").read_bytes() == b"0" + b"1" * length + b"222" + b"3" * length
     os.close(descriptor)
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_jobs_that_are_given_together_are_all_done(count: int) -> None:
+    done: list[int] = []
+    with Workers(count) as workers:
+        workers.give_all([functools.partial(done.append, number) for number in range(100)])
+        workers.wait()
+        assert sorted(done) == list(range(100))
+
+
+def test_jobs_that_are_given_together_begin_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    given, begun = [], []
+    with Workers(2) as workers:
+        give = workers.give
+
+        def slowly(job: Callable[[], None]) -> None:
+            give(job)
+            time.sleep(0.05)
+            given.append(len(begun))
+
+        monkeypatch.setattr(workers, "give", slowly)
+        workers.give_all([lambda: begun.append(1)] * 3)
+        workers.wait()
+    assert given == [0, 0, 0]
+    assert len(begun) == 3
 
 
 @pytest.mark.parametrize("workers", [1, 2])

@@ -116,7 +116,7 @@ class Job:
         _, specs = self._beside()
         with atomic.replacing_all(self._written, self.force, self.sync) as descriptors:
             with Workers(self.workers) as workers:
-                sink = Sink(descriptors[-1], self._advance, workers)
+                sink = Sink(descriptors[-1], self._progressed, workers)
                 self.format.write(sink, self.plan.outgoing, self.objects, self._metadata(), self.file.nested)
             if len(descriptors) > 1:
                 Sink(descriptors[0]).write(specs.encode())
@@ -140,7 +140,7 @@ class Job:
             self.force,
             self.sync,
             self.workers,
-            progress=self._advance,
+            progress=self._progressed,
             check=lambda descriptors: self._require_right(descriptors[:-1]),
         )
 
@@ -159,7 +159,7 @@ class Job:
                     self.plan.checks,
                     self.objects,
                     self.workers,
-                    self._advance,
+                    self._progressed,
                 )
             except SumError:
                 raise
@@ -209,11 +209,17 @@ class Job:
             metadata[sidecar.KEY] = self.plan.specs
         return metadata
 
-    def _advance(self, count: int) -> None:
+    @property
+    def _progressed(self) -> Callable[[int], None] | None:
+        """What is called with the bytes that were just written or compared, if somebody wants to know."""
+        if self.progress is None:
+            return None
+        return functools.partial(self._advance, self.progress)
+
+    def _advance(self, progress: Progress, count: int) -> None:
         with self._counting:
             self._done += count
-            if self.progress is not None:
-                self.progress(min(self._done, self._total), self._total)
+            progress(min(self._done, self._total), self._total)
 
 
 class _Wrong(Exception):

@@ -6,6 +6,7 @@ The form is Hugging Face's: ``{"metadata": {"total_size": ...}, "weight_map": {t
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 import re
@@ -108,18 +109,18 @@ def write(
         # The kernel lets one thread at a time write to a file: where there are enough, each has files of its own.
         apart = 1 < count <= len(shards) // 2
         with Workers(count) as threads:
-            for number, (descriptor, shard) in enumerate(zip(descriptors, shards, strict=False)):
-                kept = objects if number == 0 else ()
 
-                def write_shard(descriptor: int = descriptor, shard: Any = shard, kept: Any = kept) -> None:
-                    sink = Sink(descriptor, progress, threads, divided=not apart)
-                    sink.scratch = threads.scratch
-                    safetensors_file.write(sink, shard, kept, metadata)
+            def write_shard(number: int) -> None:
+                sink = Sink(descriptors[number], progress, threads, divided=not apart)
+                sink.scratch = threads.scratch
+                safetensors_file.write(sink, shards[number], objects if number == 0 else (), metadata)
 
-                if apart:
-                    threads.give(write_shard)
-                else:
-                    write_shard()
+            jobs = [functools.partial(write_shard, number) for number in range(len(shards))]
+            if apart:
+                threads.give_all(jobs)
+            else:
+                for job in jobs:
+                    job()
             threads.wait()
         Sink(descriptors[-1]).write(text)
         if check is not None:

@@ -51,11 +51,12 @@ class Sink:
         """Append bytes."""
         left = memoryview(data).cast("B")
         while left:
-            piece = left[: _WRITE - self.position % _WRITE]  # so that pages are written whole
+            # So that pages are written whole.
+            done = os.pwrite(self.descriptor, left[: _WRITE - self.position % _WRITE], self.position)
             if self._crc is not None:
-                self._crc = crc32(piece, self._crc)
-            self._write_all(piece)
-            left = left[len(piece) :]
+                self._crc = crc32(left[:done], self._crc)
+            left = left[done:]
+            self._advance(done)
 
     def copy(self, source: int, offset: int, length: int) -> None:
         """Append bytes of another file.
@@ -122,12 +123,6 @@ class Sink:
         found, self._crc = self._crc, None
         assert found is not None
         return found
-
-    def _write_all(self, data: memoryview) -> None:
-        while data:
-            done = os.pwrite(self.descriptor, data, self.position)
-            data = data[done:]
-            self._advance(done)
 
     def _copy_in_kernel(self, source: int, offset: int, length: int) -> int:
         done = 0
