@@ -91,6 +91,11 @@ class Layout:
         default_factory=dict, init=False, repr=False, compare=False
     )
 
+    @functools.cached_property
+    def names(self) -> frozenset[str]:
+        """The names of all tensors that some layer in this layout has."""
+        return frozenset(tensor.name for tensor in self.tensors)
+
     def active(self, spec: MHASpec) -> tuple[tuple[Tensor, Mapping[str, Shape]], ...]:
         """The tensors that a layer of this spec has, each with the parameters that it holds and their shapes.
 

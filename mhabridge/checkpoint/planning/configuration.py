@@ -106,6 +106,8 @@ class Configuration:
 
     def _stated(self, what: str) -> dict[str, int]:
         """The positive integers that it has under the names of something."""
+        if not self.content:
+            return {}
         return {name: self.content[name] for name in _words()[what] if _is_count(self.content.get(name))}
 
 

@@ -131,6 +131,8 @@ class Draft:
         Raises:
             ArgumentError: nothing in the file has such a name.
         """
+        if not patterns:
+            return
         names = dict.fromkeys((*self.tensors, *self.file))
         entries = [entry.name for entry in self.file.objects]
         unmet = [

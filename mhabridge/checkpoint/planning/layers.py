@@ -287,8 +287,8 @@ class _Finder:
 
 def _of_layout(layout: str, prefix: str, own: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
     """The layer's own tensors: what else lies there is carried like any other; recognising has refused what may be."""
-    names = {packing.join(prefix, tensor.name) for tensor in packing.find(layout).tensors}
-    return {name: tensor for name, tensor in own.items() if name in names}
+    names, start = packing.find(layout).names, len(packing.join(prefix, ""))
+    return {name: tensor for name, tensor in own.items() if name[start:] in names}
 
 
 def _of_layer(prefix: str, error: ArgumentError | WeightsError) -> MHABridgeError:

@@ -37,6 +37,16 @@ def paths(attention: Iterable[tuple[str, str]]) -> set[str]:
     }
 
 
+def beside(layout: str) -> bool:
+    """Whether there may be some beside an attention layer of a layout.
+
+    Example:
+        >>> beside("gpt2"), beside("torch")
+        (True, False)
+    """
+    return layout in mapping.table("layouts")["turned_beside"]
+
+
 def shared_path(names: Iterable[str]) -> str:
     """What the names of an attention layer's tensors have in common: its prefix in the file, whatever rules make of it.
 
