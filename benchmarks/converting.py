@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import functools
 import importlib.util
 import json
 import os
@@ -21,7 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ COMMAND = str(Path(sys.executable).with_name("mhabridge"))
 HEADS = 16
 GIB = 1 << 30
 SIZES = (0.25, 1.0, 4.0)  # GiB
-LINEAR = 1.3  # times what the time is beside cp at the smallest size
+FASTER = 1.6  # times: what two are to one
 ROOM = 5  # times the checkpoint's size: sources in two formats, a target, a copy, and some for the system
 
 
@@ -211,33 +212,50 @@ def inspecting(bench: Bench) -> None:
 
 
 def several(bench: Bench) -> None:
-    """One file by two threads beside one; and four files of a quarter each, two at a time, each by one thread."""
+    """Two threads, or two files at a time, beside one after another."""
     columns = f"{'conversion':<33} {'s':>6} {'faster x':>9} {'min':>5} {'limit':>5}"
-    heading("one file, two threads beside one", columns)
+    heading("one conversion by two threads, beside one; and its reads and writes alone, for what there is", columns)
     bench.keep_only()
-    for ending, to in (("safetensors.index.json", "mindspore"), ("pkl", "megengine")):
-        case, title = Conversion("e1024.pt", ending, to, 0.0), "e1024.pt -> 4 shards"
-        rows = [[bench.convert(case, workers=count)["seconds"] for count in (1, 2)] for _ in range(bench.pairs + 1)]
-        faster_row(bench, title if "index" in ending else str(case), rows)
-    heading("four files, two at a time beside one after another; and so with cp, for what the disk allows", columns)
+    shards = Conversion("e1024.pt", "safetensors.index.json", "mindspore", 0.0)
+    faster_row(bench, "e1024.pt -> 4 shards", lambda threads: bench.convert(shards, workers=threads)["seconds"], FASTER)
+    faster_row(bench, "reads and writes of 4 shards", lambda threads: plain_copies_seconds(bench, threads))
+    one = Conversion("e1024.pt", "pkl", "megengine", 0.0)
+    faster_row(bench, str(one), lambda threads: bench.convert(one, workers=threads)["seconds"])
+    heading("four files by one command, two at a time, beside a command for each; and cp, two at a time", columns)
     bench.keep_only()
     quarter = Bench(bench.folder, bench.gigabytes / 4, bench.pairs)
     files = [str(quarter.source(f"e1024-{number}.pt")) for number in range(4)]
     for ending, to in (("safetensors", "mindspore"), ("pkl", "megengine")):
-        rows = [[at_once_seconds(bench, files, to, ending, count) for count in (1, 2)] for _ in range(bench.pairs + 1)]
-        faster_row(bench, f"e1024.pt -> .{ending}", rows)
-    rows = [[copies_at_once_seconds(bench, files, count) for count in (1, 2)] for _ in range(bench.pairs + 1)]
-    faster_row(bench, "cp", rows, limit=None)
+        for more in ((), ("--no-verify",)):
+            options = ("--to", to, "--num-heads", str(HEADS), *more)
+            title = f"4 .pt -> .{ending}{', unverified' if more else ''}"
+            measure = functools.partial(commands_seconds, bench, files, ending, options)
+            faster_row(bench, title, measure, FASTER)
+    faster_row(bench, "cp", lambda together: copies_seconds(bench, files, together))
 
 
-def faster_row(bench: Bench, title: str, rows: list[list[float]], limit: float | None = 1.6) -> None:
+def faster_row(bench: Bench, title: str, measure: Callable[[int], float], limit: float | None = None) -> None:
+    """How much faster two are than one."""
+    rows = [[measure(count) for count in (1, 2)] for _ in range(bench.pairs + 1)]
     alone, together = ([row[which] for row in rows[1:]] for which in (0, 1))
     median, shortest = ratios(alone, together)
     met = "" if limit is None else f"{limit:>5} {bench.verdict(max(median, shortest) >= limit)}"
     print(f"{title:<33} {min(together):>6.2f} {median:>9.2f} {shortest:>5.2f} {met}", flush=True)
 
 
-def copies_at_once_seconds(bench: Bench, files: list[str], count: int) -> float:
+def plain_copies_seconds(bench: Bench, threads: int) -> float:
+    with tempfile.TemporaryDirectory(dir=bench.folder) as folder:
+        return float(bench.job("copy_plainly", str(bench.source("e1024.pt")), folder, threads)["seconds"])
+
+
+def commands_seconds(bench: Bench, files: list[str], ending: str, options: Sequence[str], count: int) -> float:
+    """Of whole processes: one for each file, or (two) one for all."""
+    with tempfile.TemporaryDirectory(dir=bench.folder) as folder:
+        calls = [[file] for file in files] if count == 1 else [files]
+        return sum(seconds([COMMAND, "convert", *call, folder, "--format", ending, *options]) for call in calls)
+
+
+def copies_seconds(bench: Bench, files: list[str], count: int) -> float:
     with tempfile.TemporaryDirectory(dir=bench.folder) as folder:
         start = time.perf_counter()
         for first in range(0, len(files), count):
@@ -246,20 +264,15 @@ def copies_at_once_seconds(bench: Bench, files: list[str], count: int) -> float:
         return time.perf_counter() - start
 
 
-def at_once_seconds(bench: Bench, files: list[str], to: str, ending: str, count: int) -> float:
-    with tempfile.TemporaryDirectory(dir=bench.folder) as folder:
-        return float(bench.job("convert_several", files, folder, to, ending, count)["seconds"])
-
-
 def sizes(bench: Bench, most: float) -> None:
-    """Whether time grows with the size as that of cp does: large files take a GiB longer to write for cp too."""
+    """Whether time grows as that of cp: for large files, whose pages are all fresh, a GiB takes that longer too."""
     heading(
-        f"by size: time beside cp (limit: {LINEAR} times what it is for the smallest), and memory, verified",
-        f"{'conversion':<33} {'GiB':>5} {'cp s':>6} {'s':>6} {'s a GiB':>8} {'x cp':>5} {'min':>5} {'grows x':>8} "
+        "by size: time beside cp, the same limit for each, and memory, verified",
+        f"{'conversion':<33} {'GiB':>5} {'cp s':>6} {'a GiB':>6} {'s':>6} {'a GiB':>6} {'x cp':>5} {'min':>5} "
         f"{'limit':>5} {'':7} {'MiB':>5} {'limit':>5}",
     )
     for case in (CASES[0], CASES[6]):
-        room, first = 64 + 2 * case.matrix_mebibytes, (0.0, 0.0)
+        room = 64 + 2 * case.matrix_mebibytes
         for gigabytes in [size for size in SIZES if size <= most]:
             bench.keep_only()
             one = Bench(bench.folder, gigabytes, bench.pairs)
@@ -268,13 +281,12 @@ def sizes(bench: Bench, most: float) -> None:
             rows = [(one.copy(source), one.convert(case)["seconds"]) for _ in range(one.pairs + 1)][1:]
             copies, ours = ([row[which] for row in rows] for which in (0, 1))
             median, shortest = ratios(ours, copies)
-            first = first if any(first) else (median, shortest)
-            grows = min(median / first[0], shortest / first[1])
             peak = one.convert(case, verify=True)["mebibytes"]
             print(
-                f"{case!s:<33} {size:>5.2f} {min(copies):>6.2f} {min(ours):>6.2f} {min(ours) / size:>8.2f} "
-                f"{median:>5.2f} {shortest:>5.2f} {grows:>8.2f} {LINEAR:>5} {bench.verdict(grows <= LINEAR):<7} "
-                f"{peak:>5.0f} {room:>5} {bench.verdict(peak <= room)}",
+                f"{case!s:<33} {size:>5.2f} {min(copies):>6.2f} {min(copies) / size:>6.2f} {min(ours):>6.2f} "
+                f"{min(ours) / size:>6.2f} {median:>5.2f} {shortest:>5.2f} {case.limit:>5} "
+                f"{bench.verdict(min(median, shortest) <= case.limit):<7} {peak:>5.0f} {room:>5} "
+                f"{bench.verdict(peak <= room)}",
                 flush=True,
             )
     bench.keep_only()

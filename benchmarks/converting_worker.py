@@ -9,6 +9,7 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import json
+import os
 import sys
 import tempfile
 import time
@@ -48,16 +49,25 @@ def convert(
     return seconds
 
 
-def convert_several(sources: list[str], folder: str, to: str, ending: str, at_once: int) -> float:
-    from mhabridge.checkpoint.conversion import convert_checkpoint
+def copy_plainly(source: str, folder: str, at_once: int) -> float:
+    """Four quarters of a file into a file each, by nothing but reads and writes of the sizes that a conversion has."""
+    from mhabridge.checkpoint.storage import memory, reserving
 
-    def one(source: str) -> None:
-        convert_checkpoint(source, Path(folder) / f"{Path(source).stem}.{ending}", to, verify=False, workers=1)
+    quarter = Path(source).stat().st_size // 4
 
-    warm_up()
+    def one(number: int) -> None:
+        buffer, position = memory.from_a_page_on(1 << 20).data, 0
+        with Path(source).open("rb") as file, (Path(folder) / str(number)).open("wb") as target:
+            reserving.reserve(target.fileno(), quarter)
+            while position < quarter:
+                got = os.preadv(file.fileno(), [buffer[: quarter - position]], number * quarter + position)
+                for start in range(0, got, 512 << 10):
+                    os.pwrite(target.fileno(), buffer[start : min(start + (512 << 10), got)], position + start)
+                position += got
+
     start = time.perf_counter()
     with concurrent.futures.ThreadPoolExecutor(at_once) as pool:
-        list(pool.map(one, sources))
+        list(pool.map(one, range(4)))
     return time.perf_counter() - start
 
 

@@ -166,11 +166,12 @@ def _outcomes(
     from mhabridge.cli.tables import printable
 
     stop = progress.Stop()
+    workers = 1 if len(pairs) >= _AT_ONCE else None  # two threads for each of two files wait for each other (measured)
 
     def convert(source: str, target: pathlib.Path) -> ConversionReport | MHABridgeError:
         watched = stop.watching(bars(printable(target.name)))
         try:
-            return convert_checkpoint(source, target, progress=watched, **arguments)
+            return convert_checkpoint(source, target, progress=watched, workers=workers, **arguments)
         except MHABridgeError as error:
             return error
 
