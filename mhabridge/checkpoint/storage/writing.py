@@ -178,6 +178,9 @@ class Outgoing:
         shape: of the tensor.
         emit: writes exactly ``nbytes`` bytes, in C order and little-endian, to the sink.
         tied: tensors of one value here have the same numbers, of the same dtype, in the same order; None for none.
+
+    Attributes:
+        nbytes: bytes of the tensor; kept, since a plan asks a dozen times.
     """
 
     name: str
@@ -185,16 +188,15 @@ class Outgoing:
     shape: tuple[int, ...]
     emit: Callable[[Sink], None]
     tied: str | None = None
+    nbytes: int = dataclasses.field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "nbytes", self.size * (ITEM_SIZES[self.dtype] or 0))
 
     @property
     def size(self) -> int:
         """The number of elements."""
         return math.prod(self.shape)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the tensor."""
-        return self.size * (ITEM_SIZES[self.dtype] or 0)
 
     def write_to(self, sink: Sink) -> None:
         """Write the tensor's bytes, and see that there are as many as the target has room for.
