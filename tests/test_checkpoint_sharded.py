@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import time
@@ -90,8 +91,7 @@ def test_an_existing_set_is_replaced_only_by_force(index):
 
 
 def test_an_error_in_one_shard_leaves_none(tmp_path):
-    broken = outgoing("bad", "int8", np.zeros(3))
-    object.__setattr__(broken, "shape", (4,))
+    broken = dataclasses.replace(outgoing("bad", "int8", np.zeros(3)), shape=(4,))
     with pytest.raises(CheckpointError, match="bad: given 3 bytes"):
         sharded.write(tmp_path / INDEX, [TENSORS, [broken]])
     with pytest.raises(CheckpointError, match=r"layer.1: given two entries"):
