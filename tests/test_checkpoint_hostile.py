@@ -412,3 +412,18 @@ def test_an_empty_tensor_takes_little_memory(tmp_path, ending, most):
             assert tracemalloc.get_traced_memory()[1] / count < most
     finally:
         tracemalloc.stop()
+
+
+def test_nothing_of_a_refused_file_stays_in_memory(tmp_path):
+    """Names of 64 KiB, each of which is asked for once."""
+    letters = "x" * 60_000
+    asked = b"".join(pickle.dumps(f"{n}{letters}", 4)[11:-1] * 2 + b"\x93" for n in range(100))
+    (tmp_path / "a.pkl").write_bytes(b"\x80\x04(" + asked + b"t.")
+    tracemalloc.start()
+    try:
+        before = tracemalloc.get_traced_memory()[0]
+        with pytest.raises(CheckpointError, match="asks for"):
+            open_checkpoint(tmp_path / "a.pkl")
+        assert tracemalloc.get_traced_memory()[0] - before < 1_000_000
+    finally:
+        tracemalloc.stop()

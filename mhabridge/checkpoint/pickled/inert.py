@@ -7,7 +7,6 @@ slow or crash, and bytes are ``Slice``s of the file, since they may be gigabytes
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,6 +17,9 @@ Node = Any  # what a pickle was turned into: plain data or one of the records be
 class Name:
     """The name of a class or function that a pickle asks for; it is never looked up.
 
+    Attributes:
+        known_as: the name as Python 3 and NumPy 1 spell it; each tensor asks for some a few times.
+
     Example:
         >>> str(Name("__builtin__", "set")), Name("__builtin__", "set").known_as
         ('__builtin__.set', 'builtins.set')
@@ -25,27 +27,20 @@ class Name:
 
     module: str
     name: str
+    known_as: str = dataclasses.field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        module = _NEW_MODULES.get(self.module, self.module)
+        if module == "numpy._core" or module.startswith("numpy._core."):
+            module = "numpy.core" + module[len("numpy._core") :]
+        object.__setattr__(self, "known_as", f"{module}.{self.name}")
 
     def __str__(self) -> str:
         return f"{self.module}.{self.name}"
 
-    @property
-    def known_as(self) -> str:
-        """The name as Python 3 and NumPy 1 spell it."""
-        return _known_as(self.module, self.name)
-
 
 # Python 2's module names, which protocols 0 to 2 still use.
 _NEW_MODULES = {"__builtin__": "builtins", "copy_reg": "copyreg"}
-
-
-@functools.lru_cache(maxsize=1024)
-def _known_as(module: str, name: str) -> str:
-    """Each tensor asks a few times for the same few names."""
-    module = _NEW_MODULES.get(module, module)
-    if module == "numpy._core" or module.startswith("numpy._core."):
-        module = "numpy.core" + module[len("numpy._core") :]
-    return f"{module}.{name}"
 
 
 @dataclasses.dataclass(eq=False, repr=False, slots=True)

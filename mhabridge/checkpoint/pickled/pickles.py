@@ -86,11 +86,11 @@ def load(stream: ByteStream) -> Loaded:
         try:
             if unpack is None:
                 step(machine)
+            elif stream.at > len(buffer):
+                stream.at = at
+                raise stream.cut_off(size)
             else:
                 step(machine, unpack(buffer, at + 1)[0])
-        except struct.error:
-            stream.at = at
-            raise stream.cut_off(size) from None
         except (IndexError, KeyError, ValueError, TypeError) as error:
             raise machine.damaged(f"an operation {code!r} that does not fit ({error})") from error
     raise CheckpointError(
@@ -109,9 +109,9 @@ def _ended(machine: _Machine, code: bytes, start: int, count: int) -> Loaded:
     """
     if not code:
         raise machine.stream.cut_off(1)
+    machine.stream.skip(1)
     if code != b".":
         raise machine.damaged(f"the byte {code!r} where an operation of a pickle belongs")
-    machine.stream.skip(1)
     return Loaded(machine.result(start), tuple(machine.names), tuple(machine.ids), count)
 
 
