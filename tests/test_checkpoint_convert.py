@@ -210,3 +210,39 @@ def test_tied_tensors_stay_tied_or_are_noted(tmp_path: Path, saved: Saved) -> No
         "embed.embedding_table, head.weight: one tensor in the source; mindspore-ckpt keeps each by itself"
         in torn.notes
     )
+
+
+@pytest.mark.frameworks
+def test_a_packed_tensor_and_its_parts_stay_tied_whatever_the_layout(tmp_path: Path) -> None:
+    """Three layers with the same numbers: packed, its thirds by themselves, and in a linear layer."""
+    torch = pytest.importorskip("torch")
+    packed, out = torch.arange(48.0).reshape(12, 4), torch.arange(16.0).reshape(4, 4)
+    thirds = dict(zip("qkv", packed.split(4), strict=True))
+    state = {"0.attn.in_proj_weight": packed, "0.attn.out_proj.weight": out, "fc.weight": packed}
+    state.update({f"1.attn.{part}_proj.weight": third for part, third in thirds.items()})
+    state["1.attn.out_proj.weight"] = out
+    torch.save(state, tmp_path / "a.pt")
+    spec = MHASpec(4, 2, bias=False)
+    report = convert_checkpoint(tmp_path / "a.pt", tmp_path / "b.pt", to="torch", spec=spec)
+    assert report.verified
+    found = torch.load(tmp_path / "b.pt", weights_only=True)
+    alike = {"0.attn.in_proj_weight", "1.attn.in_proj_weight", "fc.weight"}
+    assert set(found) == alike | {"0.attn.out_proj.weight", "1.attn.out_proj.weight"}
+    assert all(torch.equal(found[name], packed) for name in alike)
+    assert len({found[name].data_ptr() for name in alike}) == 1
+    assert found["0.attn.out_proj.weight"].data_ptr() == found["1.attn.out_proj.weight"].data_ptr()
+
+
+@pytest.mark.frameworks
+@pytest.mark.parametrize("how", ["transposed", "with rows that are padded"])
+def test_a_packed_tensor_that_is_a_view_arrives(tmp_path: Path, how: str) -> None:
+    torch = pytest.importorskip("torch")
+    numbers = torch.arange(200.0)
+    packed = numbers[:48].reshape(4, 12).T if how == "transposed" else numbers[:120].reshape(12, 10)[:, 3:7]
+    torch.save({"in_proj_weight": packed, "out_proj.weight": torch.eye(4)}, tmp_path / "a.pt")
+    for to, target in (("mindspore", "b.ckpt"), ("megengine", "b.pkl")):
+        spec = MHASpec(4, 2, bias=False)
+        assert convert_checkpoint(tmp_path / "a.pt", tmp_path / target, to=to, spec=spec).verified
+        assert convert_checkpoint(tmp_path / target, tmp_path / f"{to}.npz", to="torch", spec=spec).verified
+        with np.load(tmp_path / f"{to}.npz") as found:
+            np.testing.assert_array_equal(found["in_proj_weight"], packed.numpy())

@@ -30,8 +30,8 @@ def plan_attention(draft: Draft, block: Block, layout_name: str) -> None:
     if start.tensors == layout.tensors and not filled.keys() ^ start.filled(block.spec).keys():
         rule = f"attention: {layout.name}, as it is"
     for tensor, parts in active:
-        same = whole.get((tensor.steps, tuple(parts)))
-        if same is not None and filled.keys().isdisjoint(parts):
+        same = whole.get((tensor.steps, tuple(parts)))  # of the same shape, as the parts' are the spec's
+        if same is not None and draft.tensors[same].plain and filled.keys().isdisjoint(parts):
             draft.carry(same, packing.join(block.prefix, tensor.name), draft.tensors[same].shape, rule)
             continue
         zeros = [part for part in parts if part in filled]

@@ -104,6 +104,9 @@ def packed(file: StoredFile, name: str, steps: Sequence[str], parts: Sequence[Vi
     if "join columns" in steps:
         return _side_by_side(file, name, steps, parts, shape)
     turn = list(steps).count("transpose") % 2 == 1
+    whole = None if turn else _joined(parts)
+    if whole is not None:
+        return emitted(file, whole, name, shape)
     made = [_turned(file, part, name) if turn else _outgoing(file, part, name) for part in parts]
     if len(made) == 1:
         return dataclasses.replace(made[0], name=name, shape=shape)
@@ -116,6 +119,21 @@ def packed(file: StoredFile, name: str, steps: Sequence[str], parts: Sequence[Vi
     return Outgoing(
         name, made[0].dtype, shape, emit, None if None in ties else f"{steps} " + " + ".join(map(str, ties))
     )
+
+
+def _joined(parts: Sequence[View | Outgoing]) -> View | None:
+    """Parts that lie one after another in a storage, as one; None if they do not."""
+    first = parts[0]
+    if not isinstance(first, StoredTensor):
+        return None
+    end = first.start
+    for part in parts:
+        if not isinstance(part, StoredTensor) or not part.plain or part.unreadable is not None:
+            return None
+        if (part.storage, part.extents, part.dtype, part.start) != (first.storage, first.extents, first.dtype, end):
+            return None
+        end += part.size
+    return first.part((end - first.start,), first.start, None)
 
 
 def _outgoing(file: StoredFile, part: View | Outgoing, name: str) -> Outgoing:
