@@ -174,12 +174,7 @@ def _translate(draft: Draft, options: Options, to: Dialect) -> tuple[list[Block]
     draft.notes += incomplete(draft.left())
     source = origins.origin(file, specs, options.source)
     draft.notes += [f"{file.path.name}: {source.note}"] if source.note else []
-    own = (
-        (turned.shared_path(draft.old_names[name] for name in block.names), block.layout)
-        for block in blocks
-        if turned.beside(block.layout)
-    )
-    lying = turned.paths(own), turned.paths(layouts_of.items())
+    lying = turned.paths_in_file(blocks, draft.old_names), turned.paths(layouts_of.items())
     layers = LayerPlanner(draft, to, source.dialects, specs, options.kinds, options.names_of, lying)
     layers.plan(transformer_parts([block.prefix for block in blocks], draft.tensors, to))
     draft.notes += origins.notes_on_dtypes(to, [(one.name, one.dtype) for one in draft.in_order()])

@@ -8,12 +8,16 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING
 
 from mhabridge import mapping, packing
 from mhabridge.checkpoint.planning.modules import Reading, Shape
 from mhabridge.checkpoint.storage import views
 from mhabridge.checkpoint.storage.stored import StoredTensor
 from mhabridge.checkpoint.storage.views import View
+
+if TYPE_CHECKING:
+    from mhabridge.checkpoint.planning.layers import Block
 
 STEPS = ("transpose",)  # from (out, in) to what is stored
 
@@ -37,14 +41,19 @@ def paths(attention: Iterable[tuple[str, str]]) -> set[str]:
     }
 
 
-def beside(layout: str) -> bool:
-    """Whether there may be some beside an attention layer of a layout.
+def paths_in_file(blocks: Iterable[Block], old_names: Mapping[str, str]) -> set[str]:
+    """The paths in the file at which such linear maps may be.
 
-    Example:
-        >>> beside("gpt2"), beside("torch")
-        (True, False)
+    Args:
+        blocks: its attention layers.
+        old_names: the names that tensors have in the file, by those that rules gave them.
     """
-    return layout in mapping.table("layouts")["turned_beside"]
+    declared = mapping.table("layouts")["turned_beside"]
+    return paths(
+        (shared_path(old_names[name] for name in block.names), block.layout)
+        for block in blocks
+        if block.layout in declared
+    )
 
 
 def shared_path(names: Iterable[str]) -> str:

@@ -17,17 +17,21 @@ from mhabridge.checkpoint.storage.memory import Scratch
 
 WORTH_A_THREAD = 1 << 20  # bytes: what is smaller takes no longer than handing it over
 _MOST = 2
+_PATIENCE = 0.1  # seconds
 
 
-def usual_count() -> int:
+def usual_count(beside: int = 1) -> int:
     """How many threads to work on: two where there are two processors.
 
+    Args:
+        beside: how many such are at work at a time.
+
     Example:
-        >>> usual_count() in (1, 2)
-        True
+        >>> usual_count() in (1, 2), usual_count(1000)
+        (True, 1)
     """
     processors = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
-    return min(_MOST, len(processors))
+    return min(_MOST, max(len(processors) // beside, 1))
 
 
 class Stopped(Exception):
@@ -78,18 +82,21 @@ class Workers:
         None begins before all are given: to hand over the second while the first runs takes as long as Python lets a
         thread wait for its lock (5 ms).
         """
+        if self._pool is None:
+            for job in jobs:
+                job()
+            return
         given = threading.Event()
 
         def done_then(job: Callable[[], None]) -> None:
-            if self._pool is not None:
-                given.wait()
+            while not given.wait(_PATIENCE):
+                if self.stopped:  # somebody pressed Ctrl-C before all were given
+                    raise Stopped
             job()
 
-        try:
-            for job in jobs:
-                self.give(functools.partial(done_then, job))
-        finally:
-            given.set()
+        for job in jobs:
+            self.give(functools.partial(done_then, job))
+        given.set()
 
     def wait(self) -> None:
         """Wait for all jobs, or until one fails; of several errors that of the job that was given first is raised."""

@@ -129,10 +129,7 @@ class Checkpoint:
         taken = {name for block in self.blocks.values() for name in block.names}
         found = [(place[block.names[0]], self._attention(block)) for block in self.blocks.values()]
         left = [name for name in self.tensors if name not in taken]
-        lying = turned.paths(
-            (turned.shared_path(self.old_names[name] for name in block.names), block.layout)
-            for block in self.blocks.values()
-        )
+        lying = turned.paths_in_file(self.blocks.values(), self.old_names)
         for path, leaves in by_module(left).items():
             found.append((place[next(iter(leaves.values()))], self._layer(path, leaves, lying)))
         return [group for _, group in sorted(found, key=lambda pair: pair[0])]
