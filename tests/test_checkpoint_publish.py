@@ -334,6 +334,24 @@ def test_a_ckpt_without_anything_is_refused_early_with_its_name(tmp_path: Path) 
     assert not (tmp_path / "empty.ckpt").exists()
 
 
+@pytest.mark.parametrize("nested", [(), ("state_dict",)])
+@pytest.mark.parametrize("dry_run", [True, False])
+def test_entries_without_a_tensor_are_refused_where_no_reader_takes_them(
+    tmp_path: Path, nested: tuple[str, ...], dry_run: bool
+) -> None:
+    tensors, objects = [views.zeros("w", "float32", (2,))], [StoredObject("epoch", "3", 3)]
+    for kept in (objects, []):
+        source = written(tmp_path / "a.pt", torch_writer, tensors, kept, nested=nested)
+        for ending in (".pt", ".pkl"):
+            target = tmp_path / f"b{ending}"
+            if not kept and not nested:
+                assert convert_checkpoint(source, target, drop=["w"], dry_run=dry_run, force=True).ok
+                continue
+            with pytest.raises(CheckpointError, match=rf"b\{ending}: given no tensor to write; .*--drop"):
+                convert_checkpoint(source, target, drop=["w"], dry_run=dry_run)
+        assert convert_checkpoint(source, tmp_path / "b.npz", drop=["w"], dry_run=dry_run, force=True).ok
+
+
 def test_what_cannot_be_read_back_is_called_by_the_targets_name(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -172,12 +172,13 @@ class Job:
             raise _Wrong(wrong)
 
     def _require_any(self) -> None:
-        """Not every format has a file without anything in it."""
-        if self.format.empty or self.plan.outgoing or self.objects:
+        """Not every format has a file without anything in it, or without any tensor."""
+        beside = self.objects or (self.file.nested and not self.format.bare)  # keys under which nothing lies
+        if self.plan.outgoing or (self.format.bare if beside else self.format.empty):
             return
         raise CheckpointError(
             str(self.target),
-            given="nothing to write",
+            given="no tensor to write" if beside else "nothing to write",
             expected=f"at least one tensor: a {self.format.name} file without any is none",
             advice="See what --drop leaves out, or write .safetensors.",
         )

@@ -45,6 +45,7 @@ class Format:
         ties: whether tensors that are one in the source are one in a file of this format.
         versions: whether the versions of PyTorch's module classes have a place in it.
         empty: whether there are files of this format without anything in them.
+        bare: whether there are files of it with other entries, and no tensor.
     """
 
     name: str
@@ -57,6 +58,7 @@ class Format:
     ties: bool = False
     versions: bool = False
     empty: bool = True
+    bare: bool = True
 
 
 def _read_shards(path: Path, nested: Sequence[str] | None, verify: bool) -> StoredFile:
@@ -90,6 +92,7 @@ FORMATS = (
         emitting.holds,
         ties=True,
         versions=True,
+        bare=False,
     ),
     Format("torch-legacy", (), torch_legacy.sniff, torch_legacy.read, None, torch_writer.require_room, emitting.holds),
     Format(
@@ -111,6 +114,7 @@ FORMATS = (
         megengine.require_room,
         emitting.holds,
         ties=True,
+        bare=False,
     ),
     Format(
         sharded.NAME,
