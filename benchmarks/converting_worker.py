@@ -13,6 +13,7 @@ import os
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,23 @@ def convert(
     return seconds
 
 
+def convert_several(sources: list[str], folder: str, to: str, ending: str, at_once: int) -> float:
+    from mhabridge.checkpoint.conversion import convert_checkpoint
+
+    def one(source: str) -> None:
+        convert_checkpoint(source, Path(folder) / f"{Path(source).stem}.{ending}", to, verify=False, workers=1)
+
+    warm_up()
+    return at_once_seconds(one, sources, at_once)
+
+
+def at_once_seconds(job: Callable[[Any], None], given: Sequence[Any], at_once: int) -> float:
+    start = time.perf_counter()
+    with concurrent.futures.ThreadPoolExecutor(at_once) as pool:
+        list(pool.map(job, given))
+    return time.perf_counter() - start
+
+
 def copy_plainly(source: str, folder: str, at_once: int) -> float:
     """Four quarters of a file into a file each, by nothing but reads and writes of the sizes that a conversion has."""
     from mhabridge.checkpoint.storage import memory, reserving
@@ -65,10 +83,7 @@ def copy_plainly(source: str, folder: str, at_once: int) -> float:
                     os.pwrite(target.fileno(), buffer[start : min(start + (512 << 10), got)], position + start)
                 position += got
 
-    start = time.perf_counter()
-    with concurrent.futures.ThreadPoolExecutor(at_once) as pool:
-        list(pool.map(one, range(4)))
-    return time.perf_counter() - start
+    return at_once_seconds(one, range(4), at_once)
 
 
 def inspect(source: str) -> float:

@@ -61,9 +61,7 @@ def read(path: str | os.PathLike[str], nested: Sequence[str] | None = None, veri
         if stream.left:
             raise checking.damaged(path, f"{stream.left} bytes after the pickle's end", "one pickle")
         found = nesting.find(Interpreter(path, descriptor, spill), loaded, nested)
-        return StoredFile(
-            path, NAME, found.tensors, tuple(found.objects), {}, found.nested, spill.files, tuple(found.notes)
-        )
+        return found.opened(path, NAME, spill.files)
 
 
 def write(

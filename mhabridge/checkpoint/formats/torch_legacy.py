@@ -58,16 +58,7 @@ def read(path: str | os.PathLike[str], nested: Sequence[str] | None = None, veri
         storages = _storages(stream, loaded)
         interpreter = Interpreter(path, descriptor, spill, lambda node: _find(storages, node))
         found = nesting.find(interpreter, loaded, nested)
-        return StoredFile(
-            path,
-            NAME,
-            found.tensors,
-            tuple(found.objects),
-            found.metadata,
-            found.nested,
-            spill.files,
-            tuple(found.notes),
-        )
+        return found.opened(path, NAME, spill.files, found.metadata)
 
 
 def _require_magic(stream: ByteStream) -> None:

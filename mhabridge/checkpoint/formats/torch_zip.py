@@ -75,16 +75,7 @@ def read(path: str | os.PathLike[str], nested: Sequence[str] | None = None, veri
         loaded = records.pickle()
         interpreter = Interpreter(path, descriptor, spill, records.storage)
         found = nesting.find(interpreter, loaded, nested)
-        return StoredFile(
-            path,
-            NAME,
-            found.tensors,
-            tuple(found.objects),
-            found.metadata,
-            found.nested,
-            spill.files,
-            tuple(found.notes),
-        )
+        return found.opened(path, NAME, spill.files, found.metadata)
 
 
 class _Records:

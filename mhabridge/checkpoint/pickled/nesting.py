@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import shlex
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 
 from mhabridge.checkpoint.pickled import versions
 from mhabridge.checkpoint.pickled.inert import Made, Node
@@ -17,7 +18,8 @@ from mhabridge.checkpoint.pickled.pickles import Loaded
 from mhabridge.checkpoint.pickled.values import KNOWN, MAX_DEPTH, Interpreter, is_dict, key_shown, key_text
 from mhabridge.checkpoint.pickled.whole_modules import class_of, is_module, module_entries
 from mhabridge.checkpoint.storage import checking
-from mhabridge.checkpoint.storage.stored import StoredObject, StoredTensor
+from mhabridge.checkpoint.storage.packed import Deflated
+from mhabridge.checkpoint.storage.stored import StoredFile, StoredObject, StoredTensor
 from mhabridge.errors import CheckpointError
 
 # Under one of these keys lies a state dict even if there are tensors beside it (a random generator's state, say).
@@ -51,6 +53,21 @@ class Found:
     made: list[str] = dataclasses.field(default_factory=list)
     made_more: int = 0
     metadata: dict[str, str] = dataclasses.field(default_factory=dict)
+
+    def opened(
+        self, path: Path, format: str, files: Sequence[Path | Deflated], metadata: Mapping[str, str] | None = None
+    ) -> StoredFile:
+        """The open checkpoint, with the files that its extents count and what the format keeps beside the tensors."""
+        return StoredFile(
+            path,
+            format,
+            self.tensors,
+            tuple(self.objects),
+            metadata,
+            self.nested,
+            tuple(files),
+            tuple(self.notes),
+        )
 
     def name(self, key: Node) -> str | None:
         """A key as part of a name; None of what no name can be made of. One that is no text is told in a note."""
