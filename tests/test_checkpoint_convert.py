@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import tracemalloc
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -246,3 +247,17 @@ def test_a_packed_tensor_that_is_a_view_arrives(tmp_path: Path, how: str) -> Non
         assert convert_checkpoint(tmp_path / target, tmp_path / f"{to}.npz", to="torch", spec=spec).verified
         with np.load(tmp_path / f"{to}.npz") as found:
             np.testing.assert_array_equal(found["in_proj_weight"], packed.numpy())
+
+
+@pytest.mark.frameworks
+def test_a_packed_tensor_that_is_a_view_is_in_memory_by_thirds(tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    packed = torch.zeros(2048, 6144).T  # 48 MiB; a third in memory, and what is turned of it
+    torch.save({"in_proj_weight": packed, "out_proj.weight": torch.eye(2048)}, tmp_path / "a.pt")
+    spec = MHASpec(2048, 2, bias=False)
+    tracemalloc.start()
+    try:
+        convert_checkpoint(tmp_path / "a.pt", tmp_path / "b.ckpt", to="mindspore", spec=spec, verify=False, workers=1)
+        assert tracemalloc.get_traced_memory()[1] < 40 << 20
+    finally:
+        tracemalloc.stop()
