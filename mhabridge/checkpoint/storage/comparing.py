@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from mhabridge.checkpoint.storage import transposing
-from mhabridge.checkpoint.storage.memory import Scratch, same
+from mhabridge.checkpoint.storage.memory import Scratch, same, start_between
 from mhabridge.checkpoint.storage.stored import StoredFile, StoredTensor, bytes_of
 
 _PIECE = 4 << 20  # bytes of each side; after each of smaller ones threads wait for Python's lock
@@ -50,7 +50,7 @@ def same_bits(
     scratch, swapped = scratch or Scratch(), view.plain and not other.plain
     if swapped:
         mine, view, theirs, other = theirs, other, mine, view
-    buffer, position = scratch.beside.take(min(_PIECE, other.nbytes)).data, 0
+    buffer, position = scratch.beside.take(min(_PIECE, other.nbytes), start_between(other.place)).data, 0
     for piece in _pieces(mine, view, scratch):
         for start in range(0, len(piece), _PIECE):
             part = piece[start : start + _PIECE]
@@ -70,7 +70,7 @@ def _pieces(file: StoredFile, view: StoredTensor, scratch: Scratch) -> Iterator[
     elif not view.plain:
         yield bytes_of(file.words(view))
     else:
-        buffer = scratch.take(min(_PIECE, view.nbytes)).data
+        buffer = scratch.take(min(_PIECE, view.nbytes), start_between(view.place)).data
         for position in range(0, view.nbytes, _PIECE):
             piece = buffer[: min(_PIECE, view.nbytes - position)]
             file.fill(view, position, [piece])

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 _PAGE = 4096
+_STARTS = (0, 64, 128)
 _MANY = 16 * _PAGE
 _MOST_LINES = 16 << 10  # rows whose memoryviews are kept: 3 MB of them
 _C = ctypes.CDLL(None if os.name == "posix" else "msvcrt")
@@ -18,9 +19,8 @@ _C.memcmp.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
 def from_a_page_on(size: int) -> np.ndarray:
     """So many bytes, not yet written to; the first of many is the first of a page.
 
-    ``np.empty`` gives large memory that starts 16 bytes into one. Some processors (measured on AMD's Zen 4) take two to
-    six times as long to copy to a place that is 1 to 31 bytes further into a page than where the bytes come from, and
-    tensors often start with a page of their file.
+    ``np.empty`` gives large memory that starts 16 bytes into one, and tensors often start with a page of their file:
+    see ``start_between``.
 
     Example:
         >>> from_a_page_on(1 << 20).__array_interface__["data"][0] % 4096
@@ -31,6 +31,30 @@ def from_a_page_on(size: int) -> np.ndarray:
     memory = np.empty(size + _PAGE, np.uint8)
     start = -_address(memory) % _PAGE
     return memory[start : start + size]
+
+
+def start_between(source: int, target: int | None = None) -> int:
+    """How far into a page memory should start that is read from one place of a file, and written to one of another.
+
+    Some processors (measured on AMD's Zen 4) take two to seven times as long to copy to a place that is 1 to 31 bytes
+    further into a page than where the bytes come from.
+
+    Args:
+        source: where in a file the first byte is read.
+        target: where it is written; None: nowhere.
+
+    Example:
+        >>> start_between(0), start_between(4088), start_between(4096 - 64 - 8, 72)
+        (0, 64, 0)
+    """
+    for start in _STARTS[:-1]:  # of three that are 64 apart each copy can be slow from or to one, so the last will do
+        if not _is_slow(start - source) and (target is None or not _is_slow(target - start)):
+            return start
+    return _STARTS[-1]
+
+
+def _is_slow(further: int) -> bool:
+    return 0 < further % _PAGE < 32
 
 
 def same(first: memoryview | np.ndarray, second: memoryview | np.ndarray) -> bool:
@@ -68,13 +92,18 @@ class Scratch:
             self._beside = Scratch()
         return self._beside
 
-    def take(self, size: int) -> np.ndarray:
-        """So many bytes; what was taken before is no longer valid."""
-        if len(self._memory) < size:
+    def take(self, size: int, start: int = 0) -> np.ndarray:
+        """So many bytes; what was taken before is no longer valid.
+
+        Args:
+            size: how many.
+            start: how far into a page the first of many is, as ``start_between`` says.
+        """
+        if len(self._memory) < start + size:
             self._lines = (None, [])
             self._memory = np.empty(0, np.uint8)  # let go of it before there is more
-            self._memory = from_a_page_on(size)
-        return self._memory[:size]
+            self._memory = from_a_page_on(size + _STARTS[-1])
+        return self._memory[start : start + size]
 
     def lines(self, matrix: np.ndarray, start: int, stop: int) -> list[memoryview]:
         """The bytes of some rows of a matrix in this memory, each by itself.

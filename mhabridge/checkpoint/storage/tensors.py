@@ -83,6 +83,11 @@ class StoredTensor:
         """Whether its bytes in C order, little-endian, lie in the file as they are."""
         return (self.strides is None or self.size == 0) and (not self.big_endian or self.item_size == 1)
 
+    @property
+    def place(self) -> int:
+        """Where in its file the first of the tensor's own bytes lies; only for ``plain`` ones."""
+        return next((extent.offset for extent in self.plain_extents()), 0)
+
     def require_readable(self, path: Path) -> None:
         """See that the tensor's numbers can be read.
 

@@ -14,7 +14,7 @@ from collections.abc import Callable
 
 from mhabridge.checkpoint.storage import reserving
 from mhabridge.checkpoint.storage.crc import crc32
-from mhabridge.checkpoint.storage.memory import Scratch
+from mhabridge.checkpoint.storage.memory import Scratch, start_between
 from mhabridge.checkpoint.storage.parallel import WORTH_A_THREAD, Stopped, Workers
 from mhabridge.checkpoint.storage.stored import ITEM_SIZES, Extent, StoredFile, StoredTensor
 from mhabridge.errors import CheckpointError
@@ -70,9 +70,10 @@ class Sink:
         if self._crc is None and (offset - self.position) % _PAGE == 0:
             done = self._copy_in_kernel(source, offset, length)
             offset, length = offset + done, length - done
-        buffer = self.scratch.take(min(_READ, length)).data
         while length:
-            got = os.preadv(source, [buffer[: min(length, _READ - self.position % _READ)]], offset)
+            size = min(length, _READ - self.position % _READ)
+            buffer = self.scratch.take(size, start_between(offset, self.position)).data
+            got = os.preadv(source, [buffer], offset)
             if not got:
                 raise EOFError(length)
             self.write(buffer[:got])

@@ -15,7 +15,7 @@ import numpy as np
 
 from mhabridge import dtypes
 from mhabridge.checkpoint.storage import blocks, transposing
-from mhabridge.checkpoint.storage.memory import Scratch
+from mhabridge.checkpoint.storage.memory import Scratch, start_between
 from mhabridge.checkpoint.storage.stored import StoredFile, StoredTensor, bytes_of, words_of
 from mhabridge.diff.bits import are_copies
 from mhabridge.diff.comparing import Comparison, Measure, decide
@@ -195,8 +195,9 @@ class _Stream:
             self.tensor = dataclasses.replace(self.tensor, checksum=None)
         self.kind, self.at = words_of(self.tensor.dtype), start
         self.plain = self.tensor.plain
-        size = min(PIECE, self.tensor.size) if self.plain else 0
-        self._buffer = scratch.take(size * self.kind.itemsize).view(self.kind)
+        size, item = min(PIECE, self.tensor.size) if self.plain else 0, self.kind.itemsize
+        place = start_between(self.tensor.place + start * item) if self.plain else 0
+        self._buffer = scratch.take(size * item, place).view(self.kind)
         self._bytes = bytes_of(self._buffer)
         self._pieces = iter(()) if self.plain else _strided(self.file, self.tensor, scratch, sheet)
         self._piece = np.empty(0, self.kind)
