@@ -67,7 +67,7 @@ def at_once_seconds(job: Callable[[Any], None], given: Sequence[Any], at_once: i
     return time.perf_counter() - start
 
 
-def copy_plainly(source: str, folder: str, at_once: int) -> float:
+def copy_barely(source: str, folder: str, at_once: int) -> float:
     """Four quarters of a file into a file each, by nothing but reads and writes of the sizes that a conversion has."""
     from mhabridge.checkpoint.storage import memory, reserving
 
