@@ -153,3 +153,19 @@ def test_one_scratch_serves_matrices_of_any_shape(tmp_path, monkeypatch, most_li
         with stored(tmp_path / "a", array) as file:
             pieces = b"".join(bytes(piece) for piece in transposing.panels(file, file["a"], scratch))
         assert pieces == array.T.tobytes()
+
+
+@pytest.mark.parametrize("further", range(-40, 40))
+def test_panels_lie_where_writing_them_is_not_slow(tmp_path, further):
+    """A copy is, to a place 1 to 31 bytes further into a page than where it comes from."""
+    array, scratch = matrix("float32", 256, 512), memory.Scratch()
+    with stored(tmp_path / "a", array) as file:
+        place = address(next(transposing.panels(file, file["a"], scratch)))
+        panels = transposing.panels(file, file["a"], scratch, place + further)
+        first = next(panels)
+        assert (place + further - address(first)) % 4096 not in range(1, 32)
+        assert b"".join([bytes(first), *map(bytes, panels)]) == array.T.tobytes()
+
+
+def address(piece: memoryview) -> int:
+    return int(np.asarray(piece).__array_interface__["data"][0])

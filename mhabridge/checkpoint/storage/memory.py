@@ -53,6 +53,17 @@ def start_between(source: int, target: int | None = None) -> int:
     return _STARTS[-1]
 
 
+def clear_of(memory: np.ndarray, target: int) -> np.ndarray:
+    """Bytes from their start on, or from the 64th on where it would be slow to write them to this place of a file.
+
+    Example:
+        >>> memory = from_a_page_on(1 << 20)
+        >>> len(memory) - len(clear_of(memory, 4096)), len(memory) - len(clear_of(memory, 4096 + 8))
+        (0, 64)
+    """
+    return memory[_STARTS[1] :] if _is_slow(target - _address(memory)) else memory
+
+
 def _is_slow(further: int) -> bool:
     return 0 < further % _PAGE < 32
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from mhabridge.checkpoint.storage import blocks
-from mhabridge.checkpoint.storage.memory import Scratch
+from mhabridge.checkpoint.storage.memory import Scratch, clear_of
 from mhabridge.checkpoint.storage.stored import CHUNK, StoredFile, StoredTensor, bytes_of, words_of
 from mhabridge.checkpoint.storage.writing import Outgoing, Sink, passed_through
 
@@ -17,6 +17,7 @@ _SHEET_BYTES = (
 )  # in memory at a time: of a larger matrix some columns are read after the others, which is slow
 _PANEL_BYTES = 2 << 20  # of what is turned at a time
 _PANEL_ROW = 4096  # bytes of each row of the source in a panel: whole cache lines, and few steps to wait after
+_LINE = 64  # bytes of a line of the cache
 _SHORT_ROW = 1 << 10  # bytes
 _LINES = 256  # longer rows that are read at a time
 
@@ -38,7 +39,7 @@ def transposed(file: StoredFile, tensor: StoredTensor, name: str) -> Outgoing:
         return passed_through(file, turned, name)
 
     def emit(sink: Sink) -> None:
-        for panel in panels(file, tensor, sink.scratch):
+        for panel in panels(file, tensor, sink.scratch, sink.position):
             sink.write(panel)
 
     tied = f"transposed {tensor.storage} {tensor.start} {tensor.strides} {tensor.shape} {tensor.dtype}"
@@ -53,13 +54,14 @@ def source_of(view: StoredTensor) -> StoredTensor | None:
     return found if _in_rows(found) else None
 
 
-def panels(file: StoredFile, tensor: StoredTensor, scratch: Scratch) -> Iterator[memoryview]:
+def panels(file: StoredFile, tensor: StoredTensor, scratch: Scratch, target: int = 0) -> Iterator[memoryview]:
     """The bytes of a matrix (R, C) with its axes swapped, in order; each piece is valid until the next is asked for.
 
     Args:
         file: the open file.
         tensor: a matrix whose rows lie in the file as they are (``source_of`` gives such).
         scratch: memory to work in.
+        target: where in a file the first is written.
 
     Raises:
         CheckpointError: the file has become shorter since it was opened.
@@ -68,8 +70,9 @@ def panels(file: StoredFile, tensor: StoredTensor, scratch: Scratch) -> Iterator
     kind, item = words_of(tensor.dtype), tensor.item_size
     width = max(min(length, _SHEET_BYTES // max(count * item, 1)), 1)
     across = max(min(_PANEL_ROW // item, _PANEL_BYTES // max(count * item, 1)), 16)
-    sizes = (blocks.padded_size(count, width * item), min(across, width) * count * item, CHUNK)
+    sizes = (blocks.padded_size(count, width * item), min(across, width) * count * item + _LINE, CHUNK)
     sheet_memory, panel_memory, buffer = _divided(scratch, sizes)
+    panel_memory = clear_of(panel_memory, target)
     for first in range(0, length, width):
         sheet = blocks.padded(sheet_memory, min(width, length - first), kind, count)
         _read_columns(file, tensor, first, sheet, scratch, buffer)
@@ -98,7 +101,7 @@ def _divided(scratch: Scratch, sizes: tuple[int, ...]) -> Iterator[np.ndarray]:
     """Memory of these sizes, each from a cache line on."""
     starts = [0]
     for size in sizes:
-        starts.append(starts[-1] + -(-size // 64) * 64)
+        starts.append(starts[-1] + -(-size // _LINE) * _LINE)
     memory = scratch.take(starts[-1])
     return (memory[start : start + size] for start, size in zip(starts, sizes, strict=False))
 
