@@ -260,7 +260,8 @@ def test_edited_files_never_crash(path, name, edits):
     survives(name, data, path)
 
 
-OPCODES = st.sampled_from([*pickles._STEPS, b"q\x00", b"h\x00", b"cnumpy\ndtype\n", b"ccollections\nOrderedDict\n",
+OPCODES = st.sampled_from([*pickles._OPERATIONS, *pickles._READING,
+                           b"q\x00", b"h\x00", b"cnumpy\ndtype\n", b"ccollections\nOrderedDict\n",
                            b"cnumpy.core.multiarray\n_reconstruct\n", b"K\x01", b"\x8c\x01a", b"C\x02ab", b"\x8c\x02f4",
                            b"cmegengine.tensor\nParameter\n", b"(K\x01tR", b"}\x8c\x01ah\x00s"])  # fmt: skip
 

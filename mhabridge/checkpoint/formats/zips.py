@@ -5,9 +5,9 @@ Python's ``zipfile`` would do, but it takes any number of members into memory, a
 
 from __future__ import annotations
 
-import dataclasses
 import struct
 from pathlib import Path
+from typing import NamedTuple
 
 from mhabridge.checkpoint.storage.streams import DAMAGED, ByteStream
 from mhabridge.errors import CheckpointError
@@ -28,8 +28,7 @@ FULL16, FULL32 = 0xFFFF, 0xFFFFFFFF  # "see the 64-bit field instead"
 ZIP64 = 0x0001  # the extra field with these
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Member:
+class Member(NamedTuple):
     """One member of an archive.
 
     Args:
@@ -150,6 +149,8 @@ class Archive:
 
     def _long(self, name: str, extra: bytes, *fields: int) -> list[int]:
         """The fields, with the 64-bit ones of the extra field in place of those that do not fit in 32 bits."""
+        if FULL32 not in fields:
+            return list(fields)
         wide = iter(())
         at = 0
         while at + 4 <= len(extra):

@@ -92,11 +92,12 @@ def _array_state(node: Made) -> tuple[Any, ...]:
     return node.state[-4:] if len(node.state) in (4, 5) else ()
 
 
-def array(node: Made, storage: str, extent_of: Callable[[Node], Extent | None]) -> StoredTensor | str:
+def array(node: Made, name: str, storage: str, extent_of: Callable[[Node], Extent | None]) -> StoredTensor | str:
     """The array that a record stands for, or what is wrong with the record.
 
     Args:
         node: a record for which ``array_element`` names a dtype.
+        name: the tensor's.
         storage: the tensor's ``storage``.
         extent_of: where the bytes of a payload lie; None if it is no payload.
     """
@@ -116,7 +117,7 @@ def array(node: Made, storage: str, extent_of: Callable[[Node], Extent | None]) 
     if extent.length != nbytes:
         return f"{extent.length} bytes for {found.dtype} of shape {shape}, which takes {nbytes}"
     strides = fortran_strides(shape) if fortran and sum(length > 1 for length in shape) > 1 else None
-    return StoredTensor("", found.dtype, shape, (extent,), storage, 0, strides, found.big_endian)
+    return StoredTensor(name, found.dtype, shape, (extent,), storage, 0, strides, found.big_endian)
 
 
 def fortran_strides(shape: tuple[int, ...]) -> tuple[int, ...]:

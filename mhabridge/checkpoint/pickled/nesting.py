@@ -98,7 +98,7 @@ def find(interpreter: Interpreter, loaded: Loaded, nested: Sequence[str] | None 
     for depth, key in enumerate(found.nested):
         node = _step_into(interpreter, found, node, depth, key)
     if interpreter.is_tensor(node):
-        found.tensors.append(_named(interpreter, node, _ONLY_TENSOR))
+        found.tensors.append(interpreter.tensor(node, _ONLY_TENSOR))
         found.notes.append(f"The file holds one tensor without a name; it is called {_ONLY_TENSOR!r} here.")
     else:
         _collect(interpreter, found, node, "", 0, in_module=False)
@@ -176,7 +176,7 @@ def _collect(interpreter: Interpreter, found: Found, node: Node, prefix: str, de
         if len(found.tensors) + len(found.objects) > MAX_ENTRIES:
             raise interpreter.fail("", f"more than {MAX_ENTRIES} entries", "a checkpoint's")
         if interpreter.is_tensor(value):
-            found.tensors.append(_named(interpreter, value, prefix + _required_name(interpreter, found, where, key)))
+            found.tensors.append(interpreter.tensor(value, prefix + _required_name(interpreter, found, where, key)))
         elif _is_branch(value) and survey(interpreter, value).tensors:
             below = f"{prefix}{_required_name(interpreter, found, where, key)}."
             _collect(interpreter, found, value, below, depth + 1, in_module)
@@ -212,10 +212,6 @@ def _children(interpreter: Interpreter, found: Found, node: Node, where: str) ->
 def _is_branch(node: Node) -> bool:
     """Whether tensors below a node count as part of the state dict that it is in."""
     return isinstance(node, (list, tuple)) or is_dict(node) or is_module(node)
-
-
-def _named(interpreter: Interpreter, node: Made, name: str) -> StoredTensor:
-    return interpreter.tensor(node, name).named(name)
 
 
 def _module_object(interpreter: Interpreter, found: Found, node: Made, where: str) -> StoredObject:

@@ -69,30 +69,34 @@ def load(stream: ByteStream) -> Loaded:
         ...     load(ByteStream(file.fileno(), pathlib.Path("example"))).root
         [3, Name(module='builtins', name='print')]
     """
-    machine = _Machine(stream)
-    start = stream.position
+    machine, start = _Machine(stream), stream.position
     allowed, steps = most_operations(stream.left), _STEPS
-    for count in range(allowed):
-        at, buffer = stream.at, stream.buffer
-        if at + _LONGEST_OPERATION > len(buffer):
-            stream.look_ahead(_LONGEST_OPERATION)
-            at, buffer = stream.at, stream.buffer
-        code = buffer[at : at + 1]
-        operation = steps.get(code)
-        if operation is None:
-            return _ended(machine, code, start, count)
-        step, unpack, size = operation
-        stream.at = at + size
-        try:
+    at, buffer, last = stream.at, stream.buffer, -1
+    try:
+        for count in range(allowed):  # noqa: B007 - how many there were is told
+            if at > last:
+                stream.at = at
+                at, buffer = _looked_ahead(stream)
+                last = len(buffer) - _LONGEST
+            code = buffer[at]
+            step, unpack, size, reads = steps[code]
+            operand, at = at + 1, at + size
+            if reads:
+                stream.at = at
             if unpack is None:
                 step(machine)
-            elif stream.at > len(buffer):
-                stream.at = at
-                raise stream.cut_off(size)
             else:
-                step(machine, unpack(buffer, at + 1)[0])
-        except (IndexError, KeyError, ValueError, TypeError) as error:
-            raise machine.damaged(f"an operation {code!r} that does not fit ({error})") from error
+                step(machine, unpack(buffer, operand)[0])
+            if reads:
+                at, buffer = stream.at, stream.buffer
+                last = len(buffer) - _LONGEST
+    except _Ended:
+        stream.at = at
+        return Loaded(machine.result(start), tuple(machine.names), tuple(machine.ids), count)
+    except (IndexError, KeyError, ValueError, TypeError) as error:
+        if not reads:
+            stream.at = at
+        raise machine.damaged(f"an operation {bytes([code])!r} that does not fit ({error})") from error
     raise CheckpointError(
         str(stream.path),
         given=f"a pickle of more than {allowed} operations",
@@ -101,18 +105,18 @@ def load(stream: ByteStream) -> Loaded:
     )
 
 
-def _ended(machine: _Machine, code: bytes, start: int, count: int) -> Loaded:
-    """What a pickle holds that ends with this byte.
+def _looked_ahead(stream: ByteStream) -> tuple[int, bytes]:
+    """Where the next operation is in the buffer, and the buffer; the operation is there with its operand.
 
     Raises:
-        CheckpointError: no pickle ends so.
+        CheckpointError: the file ends before.
     """
-    if not code:
-        raise machine.stream.cut_off(1)
-    machine.stream.skip(1)
-    if code != b".":
-        raise machine.damaged(f"the byte {code!r} where an operation of a pickle belongs")
-    return Loaded(machine.result(start), tuple(machine.names), tuple(machine.ids), count)
+    stream.look_ahead(_LONGEST)
+    at, buffer = stream.at, stream.buffer
+    size = _STEPS[buffer[at]][2] if at < len(buffer) else 1
+    if at + size > len(buffer):
+        raise stream.cut_off(size)
+    return at, buffer
 
 
 def most_operations(size: int) -> int:
@@ -123,6 +127,10 @@ def most_operations(size: int) -> int:
         (2000000, 3000000, 10000000)
     """
     return min(max(ALWAYS_ALLOWED, size // _BYTES_EACH), MAX_OPCODES)
+
+
+class _Ended(Exception):
+    """The pickle's end mark."""
 
 
 class _Machine:
@@ -140,6 +148,13 @@ class _Machine:
     def damaged(self, given: str) -> CheckpointError:
         where = self.stream.position
         return CheckpointError(str(self.stream.path), given=f"{given}, before byte {where}", advice=DAMAGED)
+
+    def end(self) -> None:
+        raise _Ended
+
+    def unknown(self) -> None:
+        code = self.stream.buffer[self.stream.at - 1 : self.stream.at]
+        raise self.damaged(f"the byte {code!r} where an operation of a pickle belongs")
 
     def result(self, start: int) -> Node:
         if len(self.stack) != 1 or self.outer:
@@ -225,8 +240,8 @@ class _Machine:
         return found
 
     def push_marked(self, make: Callable[[list[Node]], Node]) -> None:
-        made = make(self.marked())
-        self.stack.append(made)
+        found, self.stack = self.stack, self.outer.pop()
+        self.stack.append(make(found))
 
     def pop(self) -> None:
         if self.stack:
@@ -272,7 +287,9 @@ class _Machine:
 
     def call(self) -> None:
         args, function = self.stack.pop(), self.stack.pop()
-        self._make(function, args)
+        if not isinstance(args, tuple):
+            raise ValueError("arguments that are no tuple")
+        self.stack.append(Made(function, args))
 
     def call_with_keywords(self) -> None:
         keywords, args, function = self.stack.pop(), self.stack.pop(), self.stack.pop()
@@ -347,8 +364,11 @@ def _two(machine: _Machine) -> list[Node]:
     return [key, value]
 
 
+_Operation = Callable[[_Machine], None] | tuple[Callable[[_Machine, Any], None], str]
+
 # What each operation does, and the number that follows its byte, as ``struct`` has it.
-_OPERATIONS: dict[bytes, Callable[[_Machine], None] | tuple[Callable[[_Machine, Any], None], str]] = {
+_OPERATIONS: dict[bytes, _Operation] = {
+    b".": _Machine.end,
     b"N": _push(lambda: None),
     b"\x88": _push(lambda: True),
     b"\x89": _push(lambda: False),
@@ -360,6 +380,39 @@ _OPERATIONS: dict[bytes, Callable[[_Machine], None] | tuple[Callable[[_Machine, 
     b"K": (_Machine.push, "<B"),
     b"M": (_Machine.push, "<H"),
     b"G": (_Machine.push, ">d"),
+    b"\x80": (_Machine.protocol, "<B"),
+    b"(": _Machine.mark,
+    b"0": _Machine.pop,
+    b"1": _Machine.drop_marked,
+    b"2": _Machine.duplicate,
+    b"q": (_Machine.put, "<B"),
+    b"r": (_Machine.put, "<I"),
+    b"\x94": lambda machine: machine.put(len(machine.memo)),
+    b"h": (_Machine.get, "<B"),
+    b"j": (_Machine.get, "<I"),
+    b"\x93": _Machine.stacked_name,
+    b"R": _Machine.call,
+    b"\x81": _Machine.call,
+    b"\x92": _Machine.call_with_keywords,
+    b"o": _Machine.old_object,
+    b"b": _Machine.build,
+    b"a": lambda machine: machine.append([machine.stack.pop()]),
+    b"e": lambda machine: machine.append(machine.marked()),
+    b"\x90": lambda machine: machine.append(machine.marked()),
+    b"s": lambda machine: machine.set_pairs(_two(machine)),
+    b"u": lambda machine: machine.set_pairs(machine.marked()),
+    b"l": lambda machine: machine.push_marked(list),
+    b"d": lambda machine: machine.push_marked(lambda flat: Table(_paired(flat))),
+    b"t": lambda machine: machine.push_marked(tuple),
+    b"\x91": lambda machine: machine.push_marked(lambda items: Made(_FROZENSET, (items,))),
+    b"\x85": lambda machine: machine.join(1),
+    b"\x86": lambda machine: machine.join(2),
+    b"\x87": lambda machine: machine.join(3),
+    b"Q": lambda machine: machine.refer(machine.stack.pop()),
+}
+
+# Those that go on to read from the stream.
+_READING: dict[bytes, _Operation] = {
     b"I": _Machine.integer_line,
     b"L": _Machine.integer_line,
     b"F": _Machine.float_line,
@@ -376,54 +429,29 @@ _OPERATIONS: dict[bytes, Callable[[_Machine], None] | tuple[Callable[[_Machine, 
     b"C": (_Machine.payload, "<B"),
     b"\x8e": (_Machine.payload, "<Q"),
     b"\x96": (_Machine.payload, "<Q"),
-    b"\x80": (_Machine.protocol, "<B"),
     b"\x95": (_Machine.frame, "<Q"),
-    b"(": _Machine.mark,
-    b"0": _Machine.pop,
-    b"1": _Machine.drop_marked,
-    b"2": _Machine.duplicate,
     b"p": lambda machine: machine.put(int(machine.line())),
-    b"q": (_Machine.put, "<B"),
-    b"r": (_Machine.put, "<I"),
-    b"\x94": lambda machine: machine.put(len(machine.memo)),
     b"g": lambda machine: machine.get(int(machine.line())),
-    b"h": (_Machine.get, "<B"),
-    b"j": (_Machine.get, "<I"),
     b"c": _Machine.name,
-    b"\x93": _Machine.stacked_name,
-    b"R": _Machine.call,
-    b"\x81": _Machine.call,
-    b"\x92": _Machine.call_with_keywords,
     b"i": _Machine.old_instance,
-    b"o": _Machine.old_object,
-    b"b": _Machine.build,
-    b"a": lambda machine: machine.append([machine.stack.pop()]),
-    b"e": lambda machine: machine.append(machine.marked()),
-    b"\x90": lambda machine: machine.append(machine.marked()),
-    b"s": lambda machine: machine.set_pairs(_two(machine)),
-    b"u": lambda machine: machine.set_pairs(machine.marked()),
-    b"l": lambda machine: machine.push_marked(list),
-    b"d": lambda machine: machine.push_marked(lambda flat: Table(_paired(flat))),
-    b"t": lambda machine: machine.push_marked(tuple),
-    b"\x91": lambda machine: machine.push_marked(lambda items: Made(_FROZENSET, (items,))),
-    b"\x85": lambda machine: machine.join(1),
-    b"\x86": lambda machine: machine.join(2),
-    b"\x87": lambda machine: machine.join(3),
-    b"Q": lambda machine: machine.refer(machine.stack.pop()),
     b"P": lambda machine: machine.refer(machine.line().decode("utf-8")),
 }
 
 
 def _compiled(
-    given: Callable[[_Machine], None] | tuple[Callable[[_Machine, Any], None], str],
-) -> tuple[Callable[..., None], Callable[[bytes, int], tuple[Any, ...]] | None, int]:
-    """What to call, what reads the number that it is called with, and how many bytes the operation has so far."""
+    code: bytes,
+) -> tuple[Callable[..., None], Callable[[bytes, int], tuple[Any, ...]] | None, int, bool]:
+    """What to call, what reads the number that it is called with, how many bytes the operation has so far, and whether
+    it reads more.
+    """
+    reads = code not in _OPERATIONS
+    given = _READING.get(code, _Machine.unknown) if reads else _OPERATIONS[code]
     if not isinstance(given, tuple):
-        return given, None, 1
+        return given, None, 1, reads
     step, form = given
     kind = struct.Struct(form)
-    return step, kind.unpack_from, 1 + kind.size
+    return step, kind.unpack_from, 1 + kind.size, reads
 
 
-_STEPS = {code: _compiled(given) for code, given in _OPERATIONS.items()}
-_LONGEST_OPERATION = max(size for _, _, size in _STEPS.values())
+_STEPS = [_compiled(bytes([code])) for code in range(256)]
+_LONGEST = max(size for _, _, size, _ in _STEPS)

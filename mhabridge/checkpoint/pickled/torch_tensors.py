@@ -8,8 +8,8 @@ in files that are no zip.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
+from typing import NamedTuple
 
 from mhabridge.checkpoint.pickled.inert import Made, Name, Node, Persistent, Table
 from mhabridge.checkpoint.storage import checking
@@ -57,8 +57,7 @@ _UNRESOLVED = (
 )
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Storage:
+class Storage(NamedTuple):
     """Where a storage lies.
 
     Args:
@@ -78,8 +77,7 @@ class Storage:
     checksum: tuple[int, int] | None = None
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class StorageId:
+class StorageId(NamedTuple):
     """A persistent id of a storage, taken apart; ``view`` is (key, start, numel) of a part of it, or None."""
 
     key: str
@@ -104,11 +102,12 @@ def storage_id(node: Node) -> StorageId | str:
     return StorageId(key, STORAGES[kind.name], numel, view)
 
 
-def tensor(node: Made, storage_of: Callable[[Node], Storage | str]) -> StoredTensor | str:
+def tensor(node: Made, name: str, storage_of: Callable[[Node], Storage | str]) -> StoredTensor | str:
     """The tensor that a record of ``REBUILD`` stands for, or what is wrong with it.
 
     Args:
         node: the record.
+        name: the tensor's.
         storage_of: finds the storage of a persistent id, or says what is wrong.
     """
     least, dtype_at = REBUILD[node.known_as]
@@ -123,13 +122,14 @@ def tensor(node: Made, storage_of: Callable[[Node], Storage | str]) -> StoredTen
     if not dtype:
         return "a tensor of a dtype that no format here has"
     start, shape, strides = args[1], _size(args[2]), _size(args[3])
-    if not (_are_counts((start,)) and _are_counts(strides) and _are_counts(shape) and checking.is_shape(shape)):
+    whole = isinstance(shape, tuple) and isinstance(strides, tuple) and _are_counts((start, *strides))
+    if not whole or not checking.is_shape(shape):
         return "a tensor whose offset, shape or strides are not whole numbers"
     if len(shape) != len(strides):
         return f"{len(strides)} strides for {len(shape)} axes"
     steps = None if in_order(shape, strides) else strides
     rest = (storage.big_endian, storage.checksum, unreadable)
-    return StoredTensor("", dtype, shape, (storage.extent,), f"storage {storage.key}", start, steps, *rest)
+    return StoredTensor(name, dtype, shape, (storage.extent,), f"storage {storage.key}", start, steps, *rest)
 
 
 def in_order(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:

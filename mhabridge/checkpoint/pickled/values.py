@@ -106,20 +106,20 @@ class Interpreter:
         found = arrays.array_element(node)
         return found is not None and bool(found.dtype or "metadata" in found.text)
 
-    def tensor(self, node: Made, where: str) -> StoredTensor:
-        """The tensor that a record stands for, without a name.
+    def tensor(self, node: Made, name: str) -> StoredTensor:
+        """The tensor that a record stands for.
 
         Args:
             node: a record for which ``is_tensor`` holds.
-            where: the entry's full name, for messages.
+            name: the tensor's full name.
 
         Raises:
             CheckpointError: it is damaged, or of a kind that no format here has.
         """
         found = self._tensors.get(id(node))
         if found is None:
-            found = self._tensors[id(node)] = self._interpreted(node, where)
-        return found
+            found = self._tensors[id(node)] = self._interpreted(node, name)
+        return found if found.name == name else found.named(name)
 
     def _interpreted(self, node: Made, where: str) -> StoredTensor:
         for _ in range(MAX_DEPTH):  # wrappers: a Parameter holds a tensor
@@ -127,7 +127,7 @@ class Interpreter:
             if name in torch_tensors.REFUSED:
                 raise self._refused(where, torch_tensors.REFUSED[name])
             if name in torch_tensors.REBUILD:
-                return self._checked(torch_tensors.tensor(node, self._storage_of), where)
+                return self._checked(torch_tensors.tensor(node, where, self._storage_of), where)
             if name in _ARRAYS:
                 return self._array(node, where)
             inner = self._inside(node, where)
@@ -167,7 +167,7 @@ class Interpreter:
         found = arrays.array_element(node)
         if found is None or not found.dtype:
             raise self._refused(where, f"an array of {found.text if found else 'no dtype'}")
-        return self._checked(arrays.array(node, f"array {len(self._tensors)}", self._payload), where)
+        return self._checked(arrays.array(node, where, f"array {len(self._tensors)}", self._payload), where)
 
     def _payload(self, node: Node) -> Extent | None:
         if isinstance(node, Slice) and not node.encoding:

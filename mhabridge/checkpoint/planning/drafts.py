@@ -158,8 +158,8 @@ class Draft:
         """A tensor of the target, made of some of the source's."""
         self.use(names)
         self.outgoing.append(outgoing)
-        sources = tuple(self.old_names[name] for name in names)
-        shapes = tuple(self.tensors[name].shape for name in names)
+        sources = tuple([self.old_names[name] for name in names])
+        shapes = tuple([self.tensors[name].shape for name in names])
         self.entries.append(Entry(sources, outgoing.name, outgoing.dtype, shapes, outgoing.shape, rule))
 
     def carry(self, name: str, target: str, shape: Shape, rule: str) -> None:

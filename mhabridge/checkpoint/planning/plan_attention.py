@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from collections.abc import Mapping
 
 from mhabridge import mapping, packing
@@ -11,8 +13,10 @@ from mhabridge.checkpoint.storage import views
 from mhabridge.checkpoint.storage.comparing import all_zero
 from mhabridge.checkpoint.storage.stored import StoredTensor
 from mhabridge.errors import UnsupportedError, WeightsError
-from mhabridge.packing import Layout, Tensor
+from mhabridge.packing import Tensor
 from mhabridge.spec import MHASpec
+
+_MOST_KNOWN = 256  # kinds of layers
 
 
 def plan_attention(draft: Draft, block: Block, layout_name: str) -> None:
@@ -22,23 +26,68 @@ def plan_attention(draft: Draft, block: Block, layout_name: str) -> None:
         UnsupportedError: the layout cannot hold such a layer.
         WeightsError: a bias that the spec does not have is not zero, and would be lost.
     """
-    layout, start = packing.find(layout_name), packing.find(block.layout)
-    _require_zeros(draft, block, start)
-    active, filled, whole = _active(layout, block), layout.filled(block.spec), _whole(block, start)
+    path = packing.join(block.prefix, "")
+    own = tuple([name[len(path) :] for name in block.tensors])
+    _require_zeros(draft, block)
+    try:
+        steps = _steps(block.layout, layout_name, block.spec, own)
+    except UnsupportedError as error:
+        said = f"{block.prefix or 'the attention layer'}: {error.subject}"
+        raise UnsupportedError(said, given=error.given, expected=error.expected, advice=error.advice) from error
+    for step in steps:
+        same = None if step.same is None else draft.tensors[path + step.same]
+        if step.same is not None and same is not None and same.plain:
+            draft.carry(path + step.same, path + step.tensor.name, same.shape, step.rule)
+        else:
+            _fill(draft, block, step, path)
+    draft.use(block.tensors)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Step:
+    """How one tensor of the target is made; names are those below the layer's path.
+
+    Args:
+        tensor: the target's.
+        parts: the parameters that it holds, and their shapes.
+        same: the tensor of the source that holds just these, packed in the same way; None if there is none.
+        sources: those that hold some of them.
+        zeros: the parameters that the source does not have.
+        rule: by which rule.
+    """
+
+    tensor: Tensor
+    parts: Mapping[str, Shape]
+    same: str | None
+    sources: tuple[str, ...]
+    zeros: tuple[str, ...]
+    rule: str
+
+
+@functools.lru_cache(maxsize=_MOST_KNOWN)
+def _steps(start_name: str, layout_name: str, spec: MHASpec, own: tuple[str, ...]) -> tuple[_Step, ...]:
+    """How a layer is brought from one layout into another; most layers of a model are alike.
+
+    Raises:
+        UnsupportedError: the layout cannot hold such a layer.
+    """
+    layout, start = packing.find(layout_name), packing.find(start_name)
+    active, filled = layout.active(spec), layout.filled(spec)
+    whole = {(tensor.steps, tuple(parts)): tensor.name for tensor, parts in start.active(spec) if tensor.name in own}
     holders = {part: name for (_, parts), name in whole.items() for part in parts}
-    rule = f"attention: {block.layout} -> {layout.name}"
-    if start.tensors == layout.tensors and not filled.keys() ^ start.filled(block.spec).keys():
+    rule = f"attention: {start.name} -> {layout.name}"
+    if start.tensors == layout.tensors and not filled.keys() ^ start.filled(spec).keys():
         rule = f"attention: {layout.name}, as it is"
+    found = []
     for tensor, parts in active:
-        same = whole.get((tensor.steps, tuple(parts)))  # of the same shape, as the parts' are the spec's
-        if same is not None and draft.tensors[same].plain and filled.keys().isdisjoint(parts):
-            draft.carry(same, packing.join(block.prefix, tensor.name), draft.tensors[same].shape, rule)
-            continue
-        zeros = [part for part in parts if part in filled]
+        zeros = tuple(part for part in parts if part in filled)
         more = f"; zeros for {', '.join(zeros)}, which it cannot be without" if zeros else ""
-        sources = list(dict.fromkeys(holders[part] for part in parts if part in holders))
-        _fill(draft, block, tensor, parts, filled, sources or list(block.names[:1]), rule + more)
-    draft.use(block.names)
+        same = (
+            None if zeros else whole.get((tensor.steps, tuple(parts)))
+        )  # shapes are the same: the parts' are the spec's
+        sources = tuple(dict.fromkeys(holders[part] for part in parts if part in holders))
+        found.append(_Step(tensor, parts, same, sources or own[:1], zeros, rule + more))
+    return tuple(found)
 
 
 def holds(layout_name: str, spec: MHASpec) -> bool:
@@ -65,40 +114,17 @@ def drop_in(framework: str) -> str | None:
     return found
 
 
-def _active(layout: Layout, block: Block) -> tuple[tuple[Tensor, Mapping[str, Shape]], ...]:
-    """The tensors of the layout, each with the parameters that it holds; an error says of which layer it speaks."""
-    try:
-        return layout.active(block.spec)
-    except UnsupportedError as error:
-        said = f"{block.prefix or 'the attention layer'}: {error.subject}"
-        raise UnsupportedError(said, given=error.given, expected=error.expected, advice=error.advice) from error
-
-
-def _whole(block: Block, start: Layout) -> dict[tuple[tuple[str, ...], tuple[str, ...]], str]:
-    """The full names of the source's tensors, by how they are packed and the parameters that they hold."""
-    named = {(tensor.steps, tuple(parts)): tensor.name for tensor, parts in start.active(block.spec)}
-    full = {key: packing.join(block.prefix, name) for key, name in named.items()}
-    return {key: name for key, name in full.items() if name in block.tensors}
-
-
-def _fill(
-    draft: Draft,
-    block: Block,
-    tensor: Tensor,
-    parts: Mapping[str, Shape],
-    filled: Mapping[str, Shape],
-    sources: list[str],
-    rule: str,
-) -> None:
+def _fill(draft: Draft, block: Block, step: _Step, path: str) -> None:
     """One tensor of the target, and how its parts are held against the source."""
-    name = packing.join(block.prefix, tensor.name)
-    origins = [None if part in filled else block.views[part] for part in parts]
-    shapes = list(parts.values())
+    name, tensor = path + step.tensor.name, step.tensor
+    origins = [None if part in step.zeros else block.views[part] for part in step.parts]
+    shapes = list(step.parts.values())
     made = [
         views.zeros(name, block.spec.dtype, shape) if origin is None else origin
         for origin, shape in zip(origins, shapes, strict=True)
     ]
-    draft.fill(sources, views.packed(draft.file, name, tensor.steps, made), rule)
+    sources = [path + one for one in step.sources]
+    draft.fill(sources, views.packed(draft.file, name, tensor.steps, made), step.rule)
     for number, origin in enumerate(origins):
 
         def view_of(stored: StoredTensor, number: int = number) -> StoredTensor:
@@ -107,9 +133,9 @@ def _fill(
         draft.checks.append(Check(name, view_of, origin))
 
 
-def _require_zeros(draft: Draft, block: Block, start: Layout) -> None:
+def _require_zeros(draft: Draft, block: Block) -> None:
     """A bias that the source's layout has and the spec has not is lost, so it must be what it stands for."""
-    for part in start.filled(block.spec):
+    for part in packing.find(block.layout).filled(block.spec):
         if part in block.views and not all_zero(draft.file, block.views[part]):
             raise WeightsError(
                 f"{block.prefix}: {part}",
