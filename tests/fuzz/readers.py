@@ -327,6 +327,9 @@ def main() -> int:
     parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     targets = options.targets or list(TARGETS)
+    unknown = [target for target in targets if target not in TARGETS]
+    if unknown:
+        parser.error(f"no target is named {', '.join(unknown)}; there are {', '.join(TARGETS)}")
     if options.replay:
         with tempfile.TemporaryDirectory() as folder:
             TARGETS[targets[0]][0](pathlib.Path(folder), options.replay.read_bytes())

@@ -35,9 +35,9 @@ def plan_attention(draft: Draft, block: Block, layout_name: str) -> None:
         said = f"{block.prefix or 'the attention layer'}: {error.subject}"
         raise UnsupportedError(said, given=error.given, expected=error.expected, advice=error.advice) from error
     for step in steps:
-        same = None if step.same is None else draft.tensors[path + step.same]
-        if step.same is not None and same is not None and same.plain:
-            draft.carry(path + step.same, path + step.tensor.name, same.shape, step.rule)
+        same = None if step.same is None else path + step.same
+        if same is not None and draft.tensors[same].plain:
+            draft.carry(same, path + step.tensor.name, draft.tensors[same].shape, step.rule)
         else:
             _fill(draft, block, step, path)
     draft.use(block.tensors)
@@ -82,9 +82,8 @@ def _steps(start_name: str, layout_name: str, spec: MHASpec, own: tuple[str, ...
     for tensor, parts in active:
         zeros = tuple(part for part in parts if part in filled)
         more = f"; zeros for {', '.join(zeros)}, which it cannot be without" if zeros else ""
-        same = (
-            None if zeros else whole.get((tensor.steps, tuple(parts)))
-        )  # shapes are the same: the parts' are the spec's
+        # Its shape is the target's too, since those of the parts are the spec's.
+        same = None if zeros else whole.get((tensor.steps, tuple(parts)))
         sources = tuple(dict.fromkeys(holders[part] for part in parts if part in holders))
         found.append(_Step(tensor, parts, same, sources or own[:1], zeros, rule + more))
     return tuple(found)
