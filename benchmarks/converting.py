@@ -288,7 +288,8 @@ def sizes(bench: Bench, most: float) -> None:
         f"{'limit':>5} {'':7} {'MiB':>5} {'limit':>5}",
     )
     for case in (CASES[0], CASES[6]):
-        room, first = 64 + 2 * case.matrix_mebibytes, (0.0, 0.0)
+        room = 64 + 2 * case.matrix_mebibytes
+        first: tuple[float, float] | None = None
         for gigabytes in [size for size in SIZES if size <= most]:
             bench.keep_only()
             one = Bench(bench.folder, gigabytes, bench.pairs)
@@ -302,7 +303,7 @@ def sizes(bench: Bench, most: float) -> None:
                 rows.append((copied, one.convert(case)["seconds"]))
             copies, ours = ([row[which] for row in rows[1:]] for which in (0, 1))
             median, shortest = ratios(ours, copies)
-            first = first if any(first) else (median, shortest)
+            first = first or (median, shortest)
             grows = min(median / first[0], shortest / first[1])
             peak = one.convert(case, verify=True)["mebibytes"]
             print(
@@ -378,7 +379,7 @@ def peer_row(bench: Bench, job: str, case: Conversion) -> list[tuple[float, floa
 def main() -> int:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--gigabytes", type=float, default=1.0, help="of the checkpoints (1)")
-    options.add_argument("--pairs", type=int, default=7, help="how often everything is measured (7)")
+    options.add_argument("--pairs", type=int, default=7, help="how often all is measured (7); two beside one twice so")
     options.add_argument("--most-gigabytes", type=float, default=4.0, help="of those for time and memory by size (4)")
     options.add_argument("--folder", help="where checkpoints are made; the temporary folder unless given")
     options.add_argument("--no-peers", action="store_true", help="leave out what others do")

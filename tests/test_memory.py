@@ -17,6 +17,7 @@ from mhabridge.checkpoint.storage import comparing
 from mhabridge.checkpoint.storage.memory import Scratch, from_a_page_on, same, start_between
 from mhabridge.checkpoint.storage.stored import Extent, StoredFile, StoredTensor
 from mhabridge.checkpoint.storage.writing import Sink
+from mhabridge.diff.checkpoints.streaming import Side
 
 
 @given(st.binary(max_size=40), st.binary(max_size=40))
@@ -71,7 +72,7 @@ def test_no_copy_through_memory_is_a_slow_one(source: int, target: int | None) -
 
 @pytest.mark.parametrize("offset", [0, 8, 4064, 4072, 4088, 4095, 3 * 4096 + 4090])
 @pytest.mark.parametrize("position", [0, 8, 64, 72, 4088])
-def test_files_are_copied_and_compared_through_such_memory(
+def test_files_are_copied_compared_and_measured_through_such_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, offset: int, position: int
 ) -> None:
     size, places = 3 << 20, []
@@ -105,7 +106,9 @@ def test_files_are_copied_and_compared_through_such_memory(
         StoredFile(tmp_path / "target", "", tensors[1:]) as theirs,
     ):
         assert comparing.same_bits(mine, mine["w"], theirs, theirs["w"])
-    assert len(places) > 1
+        compared = len(places)
+        assert sum(piece.size for piece in Side(mine, mine["w"]).pieces()) == size
+    assert 1 < compared < len(places)
     assert not any(is_slow(*one) for one in places)
 
 

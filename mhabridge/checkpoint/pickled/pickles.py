@@ -287,9 +287,7 @@ class _Machine:
 
     def call(self) -> None:
         args, function = self.stack.pop(), self.stack.pop()
-        if not isinstance(args, tuple):
-            raise ValueError("arguments that are no tuple")
-        self.stack.append(Made(function, args))
+        self._make(function, args)
 
     def call_with_keywords(self) -> None:
         keywords, args, function = self.stack.pop(), self.stack.pop(), self.stack.pop()

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 _PAGE = 4096
-_STARTS = (0, 64, 128)
+_STARTS = (0, 64, 128)  # bytes into a page, where memory may start
 _MANY = 16 * _PAGE
 _MOST_LINES = 16 << 10  # rows whose memoryviews are kept: 3 MB of them
 _C = ctypes.CDLL(None if os.name == "posix" else "msvcrt")
