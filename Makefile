@@ -77,6 +77,8 @@ check: $(SETUP)
 	$(BIN)/mypy
 
 bench: setup
+	@# As an installed package's modules are: with PYTHONDONTWRITEBYTECODE ours would be compiled again in each process.
+	$(BIN)/python -m compileall -q mhabridge
 	$(BIN)/python benchmarks/startup.py
 	$(BIN)/python benchmarks/worker.py
 	$(BIN)/python benchmarks/judging.py

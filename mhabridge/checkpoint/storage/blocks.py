@@ -12,10 +12,8 @@ from typing import Any
 
 import numpy as np
 
-_ROWS = 256
-_COLUMNS = 512  # a block of so many fits into a second-level cache
-_BYTES = 8 << 20  # of the scratch: when rows are so long that fewer have to do
-_TURNED = 512  # rows at a time; of more, each in pages of its own, the processor forgets the places (measured)
+_ROWS = 512  # at a time; of more, each in pages of its own, the processor forgets the places (measured)
+_COLUMNS = 128  # a block of so many fits into a second-level cache; fewer rows of more are a tenth slower (measured)
 _PADDING = 64  # bytes behind each row of the scratch: one cache line
 
 
@@ -25,7 +23,7 @@ def transpose_into(source: np.ndarray, out: np.ndarray, scratch: np.ndarray | No
     Args:
         source: (R, C).
         out: (C, R), of the same dtype.
-        scratch: bytes to work in, as many as ``scratch_size`` says for the columns, at most 512; None to make some.
+        scratch: bytes to work in, as many as ``scratch_size`` says; None to make some.
 
     Example:
         >>> out = np.empty((3, 2), "u4")
@@ -34,10 +32,10 @@ def transpose_into(source: np.ndarray, out: np.ndarray, scratch: np.ndarray | No
         [[0, 3], [1, 4], [2, 5]]
     """
     if scratch is None:
-        scratch = np.empty(scratch_size(min(source.shape[1], _COLUMNS), source.itemsize), np.uint8)
+        scratch = np.empty(scratch_size(source.shape[1], source.itemsize), np.uint8)
     for column in range(0, source.shape[1], _COLUMNS):
         columns = source[:, column : column + _COLUMNS]
-        block = padded(scratch, columns.shape[1], source.dtype)
+        block = padded(scratch, columns.shape[1], source.dtype, _ROWS)
         for row in range(0, len(columns), len(block)):
             here = block[: len(columns) - row]
             here[...] = columns[row : row + len(here)]
@@ -46,8 +44,8 @@ def transpose_into(source: np.ndarray, out: np.ndarray, scratch: np.ndarray | No
 
 def turn_into(rows: np.ndarray, out: np.ndarray) -> None:
     """As ``transpose_into`` for rows that have a cache line between them already."""
-    for row in range(0, len(rows), _TURNED):
-        out[:, row : row + _TURNED] = rows[row : row + _TURNED].T
+    for row in range(0, len(rows), _ROWS):
+        out[:, row : row + _ROWS] = rows[row : row + _ROWS].T
 
 
 def contiguous(array: np.ndarray) -> np.ndarray:
@@ -65,8 +63,8 @@ def contiguous(array: np.ndarray) -> np.ndarray:
 
 
 def scratch_size(columns: int, item_size: int) -> int:
-    """The bytes of a scratch for rows of so many columns."""
-    return padded_size(_count(columns * item_size), columns * item_size)
+    """The bytes of the scratch for a matrix of so many columns."""
+    return padded_size(_ROWS, min(columns, _COLUMNS) * item_size)
 
 
 def padded_size(count: int, row_bytes: int) -> int:
@@ -74,12 +72,7 @@ def padded_size(count: int, row_bytes: int) -> int:
     return count * (row_bytes + _PADDING)
 
 
-def padded(scratch: np.ndarray, columns: int, kind: np.dtype[Any], count: int | None = None) -> np.ndarray:
-    """Rows of so many columns in the scratch, with a cache line between them; None: as many as a block has."""
+def padded(scratch: np.ndarray, columns: int, kind: np.dtype[Any], count: int) -> np.ndarray:
+    """So many rows of so many columns in the scratch, with a cache line between them."""
     row = columns * kind.itemsize
-    count = _count(row) if count is None else count
-    return scratch[: count * (row + _PADDING)].reshape(count, row + _PADDING)[:, :row].view(kind)
-
-
-def _count(row_bytes: int) -> int:
-    return max(1, min(_ROWS, _BYTES // (row_bytes + _PADDING)))
+    return scratch[: padded_size(count, row)].reshape(count, row + _PADDING)[:, :row].view(kind)

@@ -28,7 +28,6 @@ _SHEET = 72 << 20  # of one of them: a matrix of 4096 x 4096 float32 is read who
 _PARTS = {"complex64": "float32", "complex128": "float64"}
 _READERS = 4  # sheets at a time where a diff is explained, beside what is left of comparing
 _SMALL = 4 << 20  # bytes of a matrix that is turned at once
-_COLUMNS = 4096  # more are turned one part after the other
 _LONG_ROW = 2 << 10  # bytes
 _ROWS = 256  # that are read at a time
 _SLICE = 4 << 20  # bytes of what is otherwise strided
@@ -264,7 +263,7 @@ def _turned_whole(file: StoredFile, matrix: StoredTensor, scratch: Scratch) -> n
     if matrix.shape[1] * matrix.item_size >= _LONG_ROW:
         return _turned_in_rows(file, matrix, scratch)
     # Read at once: to put each of its rows in its place would take longer than one more copy.
-    size, work = matrix.nbytes, blocks.scratch_size(min(matrix.shape[1], _COLUMNS), matrix.item_size)
+    size, work = matrix.nbytes, blocks.scratch_size(matrix.shape[1], matrix.item_size)
     memory = scratch.take(2 * size + work)
     rows, out = memory[:size], memory[size : 2 * size].view(kind)
     file.fill(matrix, 0, [rows.data])
