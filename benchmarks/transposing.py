@@ -14,7 +14,7 @@ import numpy as np
 
 from mhabridge.checkpoint.storage import blocks
 
-PAIRS = 15
+PAIRS = 31
 LIMIT = 5.0  # times as fast, for float32
 SIZES = [(1024, 1024), (4096, 4096), (4096, 1000)]
 

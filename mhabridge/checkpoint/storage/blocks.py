@@ -36,10 +36,10 @@ def transpose_into(source: np.ndarray, out: np.ndarray, scratch: np.ndarray | No
     for column in range(0, source.shape[1], _COLUMNS):
         columns = source[:, column : column + _COLUMNS]
         block = padded(scratch, columns.shape[1], source.dtype, _ROWS)
-        for row in range(0, len(columns), len(block)):
+        for row in range(0, len(columns), _ROWS):
             here = block[: len(columns) - row]
-            here[...] = columns[row : row + len(here)]
-            turn_into(here, out[column : column + _COLUMNS, row : row + len(here)])
+            here[...] = columns[row : row + _ROWS]
+            out[column : column + _COLUMNS, row : row + _ROWS] = here.T
 
 
 def turn_into(rows: np.ndarray, out: np.ndarray) -> None:
