@@ -79,14 +79,9 @@ check: $(SETUP)
 bench: setup
 	@# As an installed package's modules are: with PYTHONDONTWRITEBYTECODE ours would be compiled again in each process.
 	$(BIN)/python -m compileall -q mhabridge
-	$(BIN)/python benchmarks/startup.py
-	$(BIN)/python benchmarks/worker.py
-	$(BIN)/python benchmarks/judging.py
-	$(BIN)/python benchmarks/attending.py
-	$(BIN)/python benchmarks/transposing.py
-	$(BIN)/python benchmarks/converting.py
-	$(BIN)/python benchmarks/diffing.py
-	$(BIN)/python benchmarks/diagnosing.py
+	@failed=; for name in startup worker judging attending transposing converting diffing diagnosing; do \
+		echo "== $$name"; $(BIN)/python benchmarks/$$name.py || failed="$$failed $$name"; \
+	done; test -z "$$failed" || { echo "failed, or limits not met:$$failed"; exit 1; }
 
 docs: $(SETUP)
 	$(BIN)/python -m mhabridge.differences docs/api-mapping.md
