@@ -147,6 +147,7 @@ def main() -> int:
             print(f"{framework:<11}not measured: {info.reason if info else 'no such backend'}")
             continue
         found += measure(info)
+    missed = 0
     for native_serves, text in (
         (True, f"where the native layer serves: at most {PART:.0%} and {SECONDS * 1e6:.0f} us on top"),
         (False, "where we compose: not slower than the native layer at the larger size"),
@@ -154,7 +155,8 @@ def main() -> int:
         kept = [entry.ok(case) for case, _, entry in found if case.native_serves == native_serves]
         judged = [ok for ok in kept if ok is not None]
         print(f"{text}: {sum(judged)} of {len(judged)} met")
-    return 0
+        missed += len(judged) - sum(judged)
+    return 1 if missed else 0
 
 
 if __name__ == "__main__":

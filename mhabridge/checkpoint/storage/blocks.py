@@ -1,7 +1,7 @@
 """A matrix with its axes swapped in memory, block by block.
 
 Why this is written out: ``np.ascontiguousarray(matrix.T)`` reads down columns, and where the length of a row is a power
-of two all elements of a column fall into the same few cache sets. The same loop is about five to nine times as fast on
+of two all elements of a column fall into the same few cache sets. The same loop is four to nine times as fast on
 a block of rows that was first copied to a scratch whose rows are a little longer (1024² and 4096² float32, one core;
 ``make bench`` measures it).
 """
