@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from mhabridge.checkpoint.storage.memory import from_a_page_on
+
 _ROWS = 512  # at a time; of more, each in pages of its own, the processor forgets the places (measured)
 _COLUMNS = 128  # a block of so many fits into a second-level cache; fewer rows of more are a tenth slower (measured)
 _PADDING = 64  # bytes behind each row of the scratch: one cache line
@@ -32,14 +34,15 @@ def transpose_into(source: np.ndarray, out: np.ndarray, scratch: np.ndarray | No
         [[0, 3], [1, 4], [2, 5]]
     """
     if scratch is None:
-        scratch = np.empty(scratch_size(source.shape[1], source.itemsize), np.uint8)
-    for column in range(0, source.shape[1], _COLUMNS):
-        columns = source[:, column : column + _COLUMNS]
-        block = padded(scratch, columns.shape[1], source.dtype, _ROWS)
-        for row in range(0, len(columns), _ROWS):
-            here = block[: len(columns) - row]
-            here[...] = columns[row : row + _ROWS]
-            out[column : column + _COLUMNS, row : row + _ROWS] = here.T
+        scratch = from_a_page_on(scratch_size(source.shape[1], source.itemsize))
+    sheet = padded(scratch, min(source.shape[1], _COLUMNS), source.dtype, _ROWS)
+    for row in range(0, len(source), _ROWS):
+        rows, turned = source[row : row + _ROWS], out[:, row : row + _ROWS]
+        for column in range(0, source.shape[1], _COLUMNS):
+            columns = rows[:, column : column + _COLUMNS]
+            block = sheet[: columns.shape[0], : columns.shape[1]]
+            block[...] = columns
+            turned[column : column + _COLUMNS] = block.T
 
 
 def turn_into(rows: np.ndarray, out: np.ndarray) -> None:
@@ -57,7 +60,7 @@ def contiguous(array: np.ndarray) -> np.ndarray:
     """
     if array.ndim != 2 or array.flags.c_contiguous or not array.T.flags.c_contiguous:
         return np.ascontiguousarray(array).reshape(array.shape)
-    out = np.empty(array.shape, array.dtype)
+    out: np.ndarray = from_a_page_on(array.nbytes).view(array.dtype).reshape(array.shape)
     transpose_into(array.T, out)
     return out
 
