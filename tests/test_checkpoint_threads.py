@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import functools
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,8 +20,9 @@ from mhabridge.checkpoint import publishing
 from mhabridge.checkpoint.conversion import convert_checkpoint
 from mhabridge.checkpoint.formats.known import open_checkpoint
 from mhabridge.checkpoint.planning import verifying
-from mhabridge.checkpoint.storage import parallel, reserving
+from mhabridge.checkpoint.storage import memory, parallel, reserving
 from mhabridge.checkpoint.storage.parallel import WORTH_A_THREAD, Workers
+from mhabridge.checkpoint.storage.stored import StoredFile
 from mhabridge.checkpoint.storage.writing import Sink
 from mhabridge.errors import CheckpointError
 from tests.checkpoint_files import outgoing
@@ -174,6 +177,57 @@ def test_a_wrong_bit_in_a_large_tensor_is_found(tmp_path: Path, monkeypatch: pyt
     report = convert_checkpoint(source, tmp_path / f"a.{ending}", to="megengine", num_heads=4, workers=2)
     assert (report.verified, report.target) == (False, None)
     assert "other numbers than the source's" in report.notes[-1]
+
+
+def test_files_are_not_closed_before_the_last_comparison_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    happened: list[str] = []
+    roles, both_began = iter(["finds a difference", "is not done yet"]), threading.Event()
+
+    def compared(*given: Any) -> bool:
+        view, watch = given[1], given[5]
+        if view.nbytes < WORTH_A_THREAD:
+            return True
+        if next(roles) == "finds a difference":
+            assert both_began.wait(30)
+            return False
+        both_began.set()
+        try:
+            for _ in range(3000):
+                watch(memoryview(b""))
+                time.sleep(0.01)
+        finally:
+            time.sleep(0.05)
+            happened.append("ended")
+        return True
+
+    @contextlib.contextmanager
+    def opened(*given: Any) -> Iterator[StoredFile]:
+        with open_checkpoint(*given) as file:
+            yield file
+        happened.append("closed")
+
+    source = source_of(tmp_path, "safetensors")  # has no checksums, which would be told first
+    monkeypatch.setattr(verifying, "same_bits", compared)
+    monkeypatch.setattr(publishing, "open_checkpoint", opened)
+    report = convert_checkpoint(source, tmp_path / "a.pkl", to="megengine", num_heads=4, workers=2)
+    assert (report.verified, happened) == (False, ["ended", "closed"])
+
+
+def test_who_wrote_compares_in_the_same_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, taken = source_of(tmp_path), []
+    made = memory.from_a_page_on
+
+    def counted(size: int) -> np.ndarray:
+        taken.append((threading.get_ident(), size))
+        return made(size)
+
+    monkeypatch.setattr(memory, "from_a_page_on", counted)
+    for workers in (1, 2):
+        target = tmp_path / f"a{workers}.pkl"
+        assert convert_checkpoint(source, target, to="megengine", num_heads=4, workers=workers).verified
+        sheets = [one for one in taken if one[1] > SPEC.embed_dim**2 * 4 + (1 << 20)]  # and a panel, to turn matrices
+        assert 0 < len(sheets) == len(set(sheets)) <= workers
+        taken.clear()
 
 
 @pytest.mark.parametrize("ending", ["pt", "npz"])

@@ -114,13 +114,16 @@ class Job:
     def _run_single(self) -> None:
         assert self.format.write is not None
         _, specs = self._beside()
-        with atomic.replacing_all(self._written, self.force, self.sync) as descriptors:
-            with Workers(self.workers) as workers:
-                sink = Sink(descriptors[-1], self._progressed, workers)
-                self.format.write(sink, self.plan.outgoing, self.objects, self._metadata(), self.file.nested)
+        with (
+            atomic.replacing_all(self._written, self.force, self.sync) as descriptors,
+            Workers(self.workers) as workers,
+        ):
+            sink = Sink(descriptors[-1], self._progressed, workers)
+            self.format.write(sink, self.plan.outgoing, self.objects, self._metadata(), self.file.nested)
             if len(descriptors) > 1:
                 Sink(descriptors[0]).write(specs.encode())
-            self._require_right(descriptors[-1:])
+            workers.wait()
+            self._require_right(descriptors[-1:], workers)
 
     def _beside(self) -> tuple[list[Path], str]:
         """The path of what travels beside the target, if anything does, and its text.
@@ -141,10 +144,10 @@ class Job:
             self.sync,
             self.workers,
             progress=self._progressed,
-            check=lambda descriptors: self._require_right(descriptors[:-1]),
+            check=lambda descriptors, workers: self._require_right(descriptors[:-1], workers),
         )
 
-    def _require_right(self, descriptors: Sequence[int]) -> None:
+    def _require_right(self, descriptors: Sequence[int], workers: Workers) -> None:
         """Read back what has no name yet, and see what the source's own checksums say."""
         if not self.verify:
             return
@@ -158,7 +161,7 @@ class Job:
                     self.plan.outgoing,
                     self.plan.checks,
                     self.objects,
-                    self.workers,
+                    workers,
                     self._progressed,
                 )
             except SumError:

@@ -74,7 +74,7 @@ def write(
     sync: bool = True,
     workers: int | None = None,
     progress: Callable[[int], None] | None = None,
-    check: Callable[[Sequence[int]], None] | None = None,
+    check: Callable[[Sequence[int], Workers], None] | None = None,
 ) -> list[str]:
     """Write safetensors files and their index; none has its name before all are whole.
 
@@ -90,8 +90,8 @@ def write(
         sync: whether to wait until the bytes are on the disk.
         workers: threads that write; None for as many as there are processors, two at most.
         progress: called with the number of bytes that were just written, from any of the threads.
-        check: called with the descriptors of the files, and of the index, before they get their names; when it raises,
-            nothing is written.
+        check: called with the descriptors of the files, and of the index, before they get their names, and with the
+            threads; when it raises, nothing is written.
 
     Returns:
         The names of the files that were removed.
@@ -122,9 +122,9 @@ def write(
                 for job in jobs:
                     job()
             threads.wait()
-        Sink(descriptors[-1]).write(text)
-        if check is not None:
-            check(descriptors)
+            Sink(descriptors[-1]).write(text)
+            if check is not None:
+                check(descriptors, threads)
     return _removed(old)
 
 

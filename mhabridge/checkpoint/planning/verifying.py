@@ -21,8 +21,8 @@ def fault(
     written: Sequence[StoredFile],
     outgoing: Sequence[Outgoing],
     checks: Sequence[Check],
-    objects: Sequence[StoredObject] = (),
-    workers: int = 1,
+    objects: Sequence[StoredObject],
+    workers: Workers,
     progress: Callable[[int], None] | None = None,
 ) -> str | None:
     """What is wrong with a target; None when nothing is. The source's own checksums are looked at on the way.
@@ -33,7 +33,7 @@ def fault(
         outgoing: the tensors that it must have, and no other.
         checks: what holds them against the source.
         objects: the entries that it must have, and that are no tensors.
-        workers: threads that compare.
+        workers: threads that compare, those that wrote: they have memory already. An error stops them.
         progress: called with the number of bytes that were just compared, from any of the threads.
 
     Raises:
@@ -83,22 +83,26 @@ class _Comparison:
     """Compares tensor after tensor, large ones on other threads."""
 
     def __init__(
-        self, source: StoredFile, holders: Mapping[str, StoredFile], count: int, progress: Callable[[int], None]
+        self, source: StoredFile, holders: Mapping[str, StoredFile], workers: Workers, progress: Callable[[int], None]
     ) -> None:
-        self._source, self._holders, self._count, self._progress = source, holders, count, progress
+        self._source, self._holders, self._workers, self._progress = source, holders, workers, progress
         kept = checksums.kept_by(source)
         self._files_sums = [one for one in kept if one in source.checksums]
         self._sums = {one.parts: one for one in kept if one not in source.checksums}
 
     def run(self, checks: Sequence[Check]) -> None:
-        with Workers(self._count) as workers:
+        try:
             for together, checksum in self._grouped(checks):
                 if sum(check.source.nbytes for check in together if check.source) < WORTH_A_THREAD:
-                    self._compare_all(together, checksum, workers)
+                    self._compare_all(together, checksum)
                 else:
-                    workers.give(functools.partial(self._compare_all, together, checksum, workers))
+                    self._workers.give(functools.partial(self._compare_all, together, checksum))
             for left in [*self._sums.values(), *self._files_sums]:
-                workers.give(functools.partial(self._sum_up, left, workers))
+                self._workers.give(functools.partial(self._sum_up, left))
+            self._workers.wait()
+        except BaseException:
+            self._workers.stop()  # before the caller closes the files
+            raise
 
     def _grouped(self, checks: Sequence[Check]) -> Iterator[tuple[Sequence[Check], Checksum | None]]:
         """Checks, each by itself but where several in a row read just what a checksum is of: nothing is read twice."""
@@ -116,17 +120,17 @@ class _Comparison:
                 yield row, self._sums.pop(extents)
         yield from (([check], None) for check in checks if id(check) not in covered)
 
-    def _sum_up(self, checksum: Checksum, workers: Workers) -> None:
-        checksums.require(self._source, checksum, workers.scratch)
+    def _sum_up(self, checksum: Checksum) -> None:
+        checksums.require(self._source, checksum, self._workers.scratch)
 
-    def _compare_all(self, together: Sequence[Check], checksum: Checksum | None, workers: Workers) -> None:
+    def _compare_all(self, together: Sequence[Check], checksum: Checksum | None) -> None:
         running = Running(checksum) if checksum else None
         for check in together:
-            self._compare(check, running, workers)
+            self._compare(check, running)
         if running is not None:
             running.require(self._source)
 
-    def _compare(self, check: Check, running: Running | None, workers: Workers) -> None:
+    def _compare(self, check: Check, running: Running | None) -> None:
         file = self._holders[check.target]
         view = check.view_of(file[check.target])
         if check.source is None:
@@ -135,13 +139,13 @@ class _Comparison:
             return
 
         def watch(piece: memoryview) -> None:
-            if workers.stopped:
+            if self._workers.stopped:
                 raise Stopped
             if running is not None:
                 running.add(piece)
             self._progress(len(piece))
 
-        if not same_bits(self._source, check.source, file, view, workers.scratch, watch):
+        if not same_bits(self._source, check.source, file, view, self._workers.scratch, watch):
             raise _Different(check.target)
 
 

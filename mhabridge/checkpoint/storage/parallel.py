@@ -106,6 +106,12 @@ class Workers:
             if one.done():
                 one.result()
 
+    def stop(self) -> None:
+        """End the jobs that run, and begin no other; returns when none runs any more."""
+        self.stopped = True
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+
     def __enter__(self) -> Workers:
         return self
 
@@ -116,6 +122,4 @@ class Workers:
             if kind is None:
                 self.wait()
         finally:
-            self.stopped = True
-            if self._pool is not None:
-                self._pool.shutdown(cancel_futures=True)
+            self.stop()
